@@ -1,0 +1,173 @@
+"""A training recipe: one YAML file that reproduces one run.
+
+Unknown keys are errors, so that a misspelt option never trains something else. Relative paths are taken from the
+recipe's own folder, and `${NAME}` is replaced from the environment, so that a recipe names no machine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from turbosparse.errors import UserError
+
+_SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def _count(value: Any) -> Any:
+    """Read "200M" as 200_000_000; leave everything else to pydantic."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMbB])", value.strip()) if isinstance(value, str) else None
+    return round(float(match[1]) * _SUFFIXES[match[2].lower()]) if match else value
+
+
+Tokens = Annotated[int, BeforeValidator(_count), Field(gt=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextSource(_Strict):
+    """Text of one domain: local files (`path`, a glob of .jsonl, .jsonl.zst, .txt) or a `datasets` set (`dataset`)."""
+
+    domain: str
+    path: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    weight: float = Field(default=1.0, gt=0)
+    max_tokens: Tokens | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TextSource:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give either `path` or `dataset`")
+        if self.dataset is not None and self.max_tokens is None:
+            raise ValueError("a `dataset` needs `max_tokens`")
+        return self
+
+
+class Data(_Strict):
+    """What is read. `context` is the length of a training window in tokens."""
+
+    sources: list[TextSource] = Field(min_length=1)
+    validation: list[TextSource] = Field(min_length=1)
+    context: int = Field(default=1024, ge=8)
+    cache: str = ".cache/tokens"
+
+
+class Sparsity(_Strict):
+    """The penalty that keeps neurons quiet; rates are shares of active neurons, 0..1 (see objective.SoftCount)."""
+
+    target_rate: float = Field(gt=0, lt=1)
+    start_rate: float = Field(default=0.5, gt=0, le=1)
+    ramp: float = Field(default=0.3, ge=0, le=1, description="share of the stage over which the target falls")
+    weight: float = Field(default=1.0, ge=0)
+    width: float = Field(default=0.02, gt=0, description="excess of the rate at which the full weight is reached")
+
+
+class Distillation(_Strict):
+    """Learn from a teacher's token probabilities, mixed with the text itself: `share` * teacher + (1 - share) * text."""
+
+    teacher: str
+    share: float = Field(default=0.9, ge=0, le=1)
+
+
+class Stage(_Strict):
+    """One pass of training with one objective.
+
+    `layerwise`: every FFN learns, by itself, what the `teacher` FFN computes on the teacher's own hidden states.
+    `cross_entropy`: next-token prediction, with a teacher's probabilities mixed in where `distillation` is given.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9_-]+$")
+    objective: Literal["layerwise", "cross_entropy"]
+    tokens: Tokens
+    learning_rate: float = Field(gt=0)
+    batch_tokens: Tokens = 131072
+    device_windows: int = Field(default=64, gt=0, description="windows in one forward pass")
+    warmup: float = Field(default=0.02, ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
+    final_lr_share: float = Field(default=0.05, ge=0, le=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    sparsity: Sparsity | None = None
+    teacher: str | None = None
+    distillation: Distillation | None = None
+    eval_every: int | None = Field(default=None, gt=0, description="steps")
+    save_every: int | None = Field(default=None, gt=0, description="steps")
+
+    @model_validator(mode="after")
+    def _teacher_fits(self) -> Stage:
+        if (self.objective == "layerwise") != (self.teacher is not None):
+            raise ValueError("`teacher` belongs to the layerwise objective, which needs it")
+        if self.objective == "layerwise" and self.distillation is not None:
+            raise ValueError("`distillation` belongs to the cross_entropy objective")
+        return self
+
+
+class Recipe(_Strict):
+    """The whole run: `model` (a folder made by `turbosparse convert`, or a dense one for a control), data, stages."""
+
+    model: str
+    output: str
+    seed: int = 0
+    data: Data
+    stages: list[Stage] = Field(min_length=1)
+    compile: bool = True
+    workers: int = Field(default=2, ge=0)
+    log_every: int = Field(default=10, gt=0)
+
+
+_PATH_KEYS = {"model", "output", "path", "cache", "teacher"}
+
+
+def _resolve_paths(node: Any, folder: Path) -> Any:
+    if isinstance(node, list):
+        return [_resolve_paths(item, folder) for item in node]
+    if not isinstance(node, dict):
+        return node
+    resolved = {}
+    for key, value in node.items():
+        if key in _PATH_KEYS and isinstance(value, str):
+            expanded = os.path.expandvars(value)
+            if "$" in expanded:
+                raise UserError(f"recipe: {key}: {value} names an environment variable that is not set; set it")
+            # A hub id (org/name) stays as it is unless a folder of that name lies beside the recipe.
+            local = folder / expanded
+            is_hub_id = key in {"model", "teacher"} and re.fullmatch(r"[\w.-]+/[\w.-]+", expanded) and not local.exists()
+            resolved[key] = expanded if is_hub_id else str(local)
+        else:
+            resolved[key] = _resolve_paths(value, folder)
+    return resolved
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or holds an unknown or impossible key; the message names the key.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the recipe ({error.strerror}); give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a YAML file ({first}); see recipes/ for examples") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a recipe is a YAML mapping with model, output, data and stages; see recipes/")
+    try:
+        return Recipe.model_validate(_resolve_paths(raw, path.resolve().parent))
+    except ValidationError as error:
+        first_error = error.errors()[0]
+        key = ".".join(str(part) for part in first_error["loc"]) or "recipe"
+        reason = "unknown key; remove it" if first_error["type"] == "extra_forbidden" else first_error["msg"]
+        raise UserError(f"{path}: {key}: {reason}") from None

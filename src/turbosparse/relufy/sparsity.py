@@ -1,0 +1,96 @@
+"""Watching and steering which neurons fire while a model trains.
+
+Shapes: B windows, T tokens, F neurons of one FFN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from turbosparse.relufy.recipes import Sparsity
+
+_SHARPNESS = 4.0  # how steeply the soft count rises, in standard deviations of the pre-activation
+
+
+def soft_count(gate_BTF: Tensor, up_BTF: Tensor, gate_only: bool = False) -> Tensor:
+    """A differentiable stand-in for the share of active neurons: mean of sigmoid(4 g / s_g) * sigmoid(4 u / s_u).
+
+    Args:
+        gate_BTF, up_BTF: pre-activations of one FFN, any float dtype.
+        gate_only: for ReGLU, where only the gate decides whether a neuron is active.
+
+    Returns:
+        float32 scalar in 0..1. s_g and s_u are standard deviations over all tokens and neurons, without gradient, so that
+        the penalty cannot be lowered by shrinking the weights. It acts on pre-activations: a neuron that is off feels no
+        pull from an L1 penalty on h, but feels this one while it is near its threshold.
+    """
+
+    def openness(pre: Tensor) -> Tensor:
+        pre = pre.float()
+        return torch.sigmoid(_SHARPNESS * pre / (pre.detach().std() + 1e-6))
+
+    gate = openness(gate_BTF)
+    return gate.mean() if gate_only else (gate * openness(up_BTF)).mean()
+
+
+class ActivationTap:
+    """Hangs on a SparseGLU (`mlp.tap = tap`) and keeps the statistics of its last forward pass.
+
+    `rates`: float32 [3], shares of positive gates, positive ups and non-zero h, without gradient.
+    `soft`: the soft count with gradient, or None where no penalty is wanted.
+    """
+
+    def __init__(self, activation: str, with_soft_count: bool) -> None:
+        self.gate_only = activation == "reglu"
+        self.with_soft_count = with_soft_count
+        self.rates: Tensor | None = None
+        self.soft: Tensor | None = None
+
+    def __call__(self, gate_BTF: Tensor, up_BTF: Tensor) -> None:
+        gate_on, up_on = gate_BTF > 0, up_BTF > 0
+        active = gate_on & (up_BTF != 0 if self.gate_only else up_on)
+        self.rates = torch.stack([on.float().mean() for on in (gate_on, up_on, active)])
+        self.soft = soft_count(gate_BTF, up_BTF, self.gate_only) if self.with_soft_count else None
+
+
+def attach_taps(mlps: Sequence[nn.Module], with_soft_count: bool) -> list[ActivationTap]:
+    """Put a tap on every sparse FFN; an empty list for a dense model (a SwiGLU control has no exact zeros)."""
+    if not all(hasattr(mlp, "tap") for mlp in mlps):
+        return []
+    taps = [ActivationTap(mlp.activation, with_soft_count) for mlp in mlps]  # type: ignore[arg-type]
+    for mlp, tap in zip(mlps, taps, strict=True):
+        mlp.tap = tap  # type: ignore[assignment]
+    return taps
+
+
+@dataclass
+class SparsityPressure:
+    """Turns the measured activation rate into the weight of the penalty: a proportional controller.
+
+    The target falls linearly from `start_rate` to `target_rate` over the first `ramp` of the stage. The penalty is off
+    while the rate is at the target and reaches `weight` at `target + width`, so that the rate settles just above the
+    target, whatever the weight, instead of wherever a fixed penalty happens to push it.
+    """
+
+    settings: Sparsity
+
+    def target(self, progress: float) -> float:
+        """The rate aimed at, 0..1, at `progress` 0..1 through the stage."""
+        s = self.settings
+        done = min(1.0, progress / s.ramp) if s.ramp > 0 else 1.0
+        return s.start_rate + (s.target_rate - s.start_rate) * done
+
+    def __call__(self, rate: Tensor, soft: Tensor, progress: float) -> Tensor:
+        """The penalty to add to the loss, scalar; no host synchronisation.
+
+        Args:
+            rate: measured share of active neurons, mean over layers, scalar.
+            soft: soft count, mean over layers, scalar with gradient.
+            progress: 0..1.
+        """
+        excess = (rate.detach() - self.target(progress)) / self.settings.width
+        return self.settings.weight * excess.clamp(0.0, 1.0) * soft

@@ -1,0 +1,279 @@
+"""Recovery training: `transformers.Trainer` with our objective, data order, sparsity log and safe checkpoints.
+
+A run is a list of stages; each stage starts from the folder that the one before it left and leaves a Hugging Face
+checkpoint folder of its own. What is on disk says how far a run has come: a stage whose folder exists is done, and a
+stage that was interrupted goes on from its last complete checkpoint, at the very next sample.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+import turbosparse.relufy.drelu  # noqa: F401  registers our model types
+from turbosparse.errors import UserError
+from turbosparse.relufy.data import Mixture, build_mixture, validation_windows
+from turbosparse.relufy.objective import Layerwise, NextToken, Objective, ffns
+from turbosparse.relufy.progress import ProgressLog
+from turbosparse.relufy.recipes import Recipe, Stage, load_recipe
+from turbosparse.relufy.schedule import learning_rate_share
+from turbosparse.relufy.validate import mean_over_domains, validate
+
+_COMPLETE = "COMPLETE"  # written last into a checkpoint: one without it was interrupted and is never read
+
+
+class RecoveryTrainer(Trainer):
+    """A Trainer whose loss is an `Objective` and whose evaluation is `validate` over the recipe's domains."""
+
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        stage: Stage,
+        windows: dict[str, Tensor],
+        domains: list[str],
+        progress_log: ProgressLog,
+        dtype: torch.dtype | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        # All windows have the same number of tokens, so the mean over micro-batches is the mean over tokens.
+        self.model_accepts_loss_kwargs = False
+        self.objective, self.stage, self.windows, self.domains = objective, stage, windows, domains
+        self.progress_log, self.compute_dtype = progress_log, dtype
+        self.remove_callback(PrinterCallback)
+
+    def _progress(self) -> float:
+        return float(self.state.global_step) / max(1, self.state.max_steps)
+
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        with torch.autocast(self.args.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
+            loss = self.objective(model, inputs, self._progress())
+        self.progress_log.add(loss.metrics)
+        return loss.total
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Our own schedule: a stage's learning rate is a share of its peak, see schedule.py."""
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: learning_rate_share(self.stage, step / num_training_steps)
+        )
+        return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write one line to the stage's log and to the terminal."""
+        super().log(logs, start_time)
+        if "loss" in logs:
+            self.progress_log.write(self.state.global_step, logs, self.domains)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Loss and sparsity of every validation domain; also into the log."""
+        results = validate(self.model, self.windows, self.args.device, self.compute_dtype)
+        mean = mean_over_domains(results)
+        self.progress_log.write_validation(self.state.global_step, results, mean)
+        metrics = {f"eval_{domain}_{key}": value for domain, result in results.items() for key, value in result.items()}
+        return metrics | {f"eval_{key}": value for key, value in mean.items()}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / _COMPLETE).touch()
+
+
+class _StopAfterStep(TrainerCallback):  # type: ignore[misc]
+    """Ends a run early at a given step with a checkpoint, as an interruption would; for tests and time limits."""
+
+    def __init__(self, max_seconds: float | None) -> None:
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._deadline is not None and time.monotonic() > self._deadline and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
+    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingArguments:
+    batch_windows = max(1, stage.batch_tokens // recipe.data.context)
+    device_windows = min(stage.device_windows, batch_windows)
+    if batch_windows % device_windows:
+        raise UserError(
+            f"stage {stage.name}: a batch of {batch_windows} windows does not divide into device_windows = "
+            f"{device_windows}; choose a divisor"
+        )
+    steps = max(1, stage.tokens // (batch_windows * recipe.data.context))
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=device_windows,
+        gradient_accumulation_steps=batch_windows // device_windows,
+        learning_rate=stage.learning_rate,
+        weight_decay=stage.weight_decay,
+        adam_beta1=stage.betas[0],
+        adam_beta2=stage.betas[1],
+        max_grad_norm=stage.max_grad_norm,
+        optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
+        seed=recipe.seed,
+        train_sampling_strategy="sequential",  # the mixture is shuffled already, by sample index
+        dataloader_num_workers=recipe.workers,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if stage.eval_every else "no",
+        eval_steps=stage.eval_every,
+        save_strategy="steps" if stage.save_every else "no",
+        save_steps=stage.save_every or steps,
+        save_total_limit=2,
+        disable_tqdm=True,
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def _load(folder: str, dtype: torch.dtype) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder}: cannot load the model ({first}); make one with `turbosparse convert`") from None
+
+
+def _compile(blocks: list[nn.Module]) -> None:
+    """Compile block by block: all layers share one compiled graph, which takes seconds instead of minutes."""
+    torch._dynamo.config.recompile_limit = 64
+    for block in blocks:
+        block.compile()
+
+
+def _objective(recipe: Recipe, stage: Stage, model: Any, device: torch.device, dtype: torch.dtype | None) -> Objective:
+    teacher_folder = stage.teacher or (stage.distillation.teacher if stage.distillation else None)
+    teacher = _load(teacher_folder, dtype or torch.float32).to(device).eval() if teacher_folder else None
+    if teacher is not None:
+        teacher.requires_grad_(False)
+        if teacher.config.vocab_size != model.config.vocab_size:
+            raise UserError(f"{teacher_folder}: the teacher's vocabulary differs from the model's; use one of its family")
+    compiled = recipe.compile and device.type == "cuda"
+    if stage.objective == "layerwise":
+        model.requires_grad_(False)
+        for mlp in ffns(model):
+            mlp.requires_grad_(True)
+        if compiled:
+            _compile(ffns(model))
+        return Layerwise(model, teacher, stage.sparsity, dtype)
+    if compiled:
+        _compile(list(model.model.layers))
+        if teacher is not None:
+            _compile(list(teacher.model.layers))
+    share = stage.distillation.share if stage.distillation else 0.0
+    return NextToken(model, stage.sparsity, teacher, share, dtype, compiled)
+
+
+def _mixture(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, stage_index: int) -> Mixture:
+    windows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.max_steps
+    data = recipe.data
+    return build_mixture(data.sources, tokenizer, Path(data.cache), data.context, windows, recipe.seed + stage_index)
+
+
+def _run_stage(
+    recipe: Recipe, index: int, source: str, folder: Path, resume: bool, max_seconds: float | None
+) -> dict[str, float] | None:
+    """Train one stage from `source` into `folder`; returns its last validation, or None if it stopped early."""
+    stage = recipe.stages[index]
+    partial = folder.with_name(folder.name + ".partial")
+    checkpoint = _last_checkpoint(partial) if resume else None
+    if checkpoint is None:
+        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+
+    arguments = _arguments(recipe, stage, partial)
+    device = arguments.device
+    dtype = torch.bfloat16 if device.type == "cuda" else None  # fp32 master weights, bf16 matrix products
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = _load(source, torch.float32)
+    mixture = _mixture(recipe, tokenizer, arguments, index)
+    cache = Path(recipe.data.cache)
+    windows = {
+        held.domain: validation_windows(held, tokenizer, cache, recipe.data.context) for held in recipe.data.validation
+    }
+    objective = _objective(recipe, stage, model.to(device), device, dtype)
+    trainer = RecoveryTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=mixture,
+        processing_class=tokenizer,
+        objective=objective,
+        stage=stage,
+        windows=windows,
+        domains=[held.domain for held in recipe.data.sources],
+        progress_log=ProgressLog(partial / "log.jsonl", stage, arguments.max_steps, recipe.data.context),
+        dtype=dtype,
+        callbacks=[_StopAfterStep(max_seconds)],
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step < arguments.max_steps:
+        return None
+    metrics = trainer.evaluate()
+    for leftover in partial.glob("checkpoint-*"):
+        shutil.rmtree(leftover)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    os.replace(partial, folder)
+    return metrics
+
+
+def _prepare_output(recipe: Recipe, recipe_path: Path, resume: bool) -> Path:
+    output = Path(recipe.output)
+    kept = output / "recipe.yaml"
+    if kept.exists():
+        if not resume:
+            raise UserError(f"{output}: holds a run already; add --resume to go on with it, or choose another `output`")
+        if kept.read_bytes() != recipe_path.read_bytes():
+            raise UserError(f"{output}: was made with another recipe than {recipe_path}; choose another `output`")
+    output.mkdir(parents=True, exist_ok=True)
+    kept.write_bytes(recipe_path.read_bytes())
+    return output
+
+
+def train_from_recipe(path: Path, resume: bool = False, max_seconds: float | None = None) -> dict[str, Any]:
+    """Run every stage of a recipe that is not done yet.
+
+    Args:
+        path: the YAML recipe, see recipes.Recipe.
+        resume: go on with a run that was interrupted; without it an output folder that holds a run is an error.
+        max_seconds: stop each stage, with a checkpoint, after this long.
+
+    Returns:
+        {"output": folder of the last stage or None if it is not done, "done": bool, "stages": {name: metrics}}, metrics as
+        "eval_<domain>_ce" in nats per token and "eval_<domain>_sparsity_h" in 0..1.
+
+    Raises:
+        UserError: the recipe, a model folder or a text file is not usable.
+    """
+    recipe = load_recipe(path)
+    output = _prepare_output(recipe, path, resume)
+    source, stages = recipe.model, {}
+    for index, stage in enumerate(recipe.stages):
+        folder = output / f"{index + 1}-{stage.name}"
+        if not folder.exists():
+            print(f"stage {stage.name}: {source} -> {folder}", file=sys.stderr)
+            metrics = _run_stage(recipe, index, source, folder, resume, max_seconds)
+            if metrics is None:
+                return {"output": None, "done": False, "stages": stages}
+        stages[stage.name] = json.loads((folder / "metrics.json").read_text())
+        source = str(folder)
+    return {"output": source, "done": True, "stages": stages}

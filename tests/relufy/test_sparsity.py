@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from turbosparse.relufy.recipes import Sparsity
+from turbosparse.relufy.sparsity import ActivationTap, SparsityPressure, soft_count
+
+
+def test_soft_count_approaches_the_hard_share_for_well_separated_neurons():
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0]).repeat(1, 4, 1)
+    up = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(1, 4, 1)
+    assert soft_count(sign, up).item() == pytest.approx(0.25, abs=0.02)
+    assert soft_count(sign, up, gate_only=True).item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_soft_count_cannot_be_lowered_by_scale_but_by_shifting_down():
+    torch.manual_seed(0)
+    gate, up = torch.randn(2, 9, 33), torch.randn(2, 9, 33)
+    assert soft_count(gate * 1e-2, up * 1e-2).item() == pytest.approx(soft_count(gate, up).item(), rel=1e-3)
+    shifted = (gate - 1).requires_grad_()
+    count = soft_count(shifted, up)
+    assert count < soft_count(gate, up)
+    count.backward()
+    assert (shifted.grad > 0).all()  # also neurons that are off are pushed further down
+
+
+@pytest.mark.parametrize("activation", ["drelu", "reglu"])
+def test_tap_counts_what_fires(activation):
+    torch.manual_seed(1)
+    gate, up = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
+    tap = ActivationTap(activation, with_soft_count=False)
+    tap(gate, up)
+    h = gate.relu() * (up.relu() if activation == "drelu" else up)
+    expected = [(x != 0).float().mean() for x in (gate.relu(), up.relu(), h)]
+    torch.testing.assert_close(tap.rates, torch.stack(expected))
+    assert tap.soft is None
+
+
+def test_pressure_is_off_at_the_target_and_bounded_by_its_weight():
+    pressure = SparsityPressure(Sparsity(target_rate=0.1, start_rate=0.5, ramp=0.5, weight=3.0, width=0.02))
+    assert pressure.target(0.0) == 0.5
+    assert pressure.target(0.25) == pytest.approx(0.3)
+    assert pressure.target(0.9) == pytest.approx(0.1)
+    soft = torch.tensor(0.2)
+    assert pressure(torch.tensor(0.09), soft, 1.0) == 0.0
+    assert pressure(torch.tensor(0.11), soft, 1.0).item() == pytest.approx(0.5 * 3.0 * 0.2, rel=1e-4)
+    assert pressure(torch.tensor(0.9), soft, 1.0).item() == pytest.approx(3.0 * 0.2)
