@@ -142,6 +142,6 @@ def _encode_q4_0(blocks: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
         best_gain[better] = gain[better]
         scale[better] = np.divide(product, energy, out=np.zeros_like(energy), where=energy > 0)[better]
         levels[better] = candidate[better]
-    packed = (levels + 8).astype(np.uint8)
-    packed = packed[:, :16] | (packed[:, 16:] << 4)
+    nibbles = (levels + 8).astype(np.uint8)
+    packed = nibbles[:, :16] | (nibbles[:, 16:] << 4)
     return np.concatenate([scale.astype(np.float16)[:, None].view(np.uint8), packed], axis=1)
