@@ -2,9 +2,9 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tokenizers import Tokenizer, models, pre_tokenizers
 from turbosparse.errors import UserError
 from turbosparse.relufy.data import Mixture, build_mixture, tokenize, validation_windows
 from turbosparse.relufy.recipes import TextSource

@@ -53,7 +53,9 @@ def _texts(source: TextSource, tokenizer: Any) -> Iterator[str]:
 def _fingerprint(source: TextSource, tokenizer: Any) -> str:
     """A name for the tokenised source that changes with its content and with the tokenizer, not with the machine."""
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(f"{tokenizer.eos_token_id} {tokenizer.chat_template} {source.max_tokens} {source.text_field}".encode())
+    digest.update(
+        f"{tokenizer.eos_token_id} {tokenizer.chat_template} {source.max_tokens} {source.text_field}".encode()
+    )
     if source.dataset is not None:
         digest.update(f"{source.dataset} {source.subset} {source.split}".encode())
     else:
@@ -162,4 +164,3 @@ def validation_windows(source: TextSource, tokenizer: Any, cache: Path, context:
     if count == 0:
         raise UserError(f"{source.path or source.dataset}: less than one window of {context} tokens to validate on")
     return torch.from_numpy(np.asarray(tokens[: count * context], dtype=np.int64).reshape(count, context))
-

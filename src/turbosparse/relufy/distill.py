@@ -115,9 +115,7 @@ def mixed_cross_entropy(
     return _ChunkedLoss.apply(hidden_ND, weight_VD, labels_N, softcap, teacher, share, chunk_loss)  # type: ignore[no-any-return]
 
 
-def token_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, softcap: float | None = None
-) -> Tensor:
+def token_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, softcap: float | None = None) -> Tensor:
     """Cross-entropy of every token, float32 [N], nats, without gradient; logits live one chunk at a time."""
     weight_VD = weight_VD.to(hidden_ND.dtype)
     with torch.no_grad():

@@ -55,7 +55,9 @@ class ProgressLog:
         self._append(record)
         self._show(record)
 
-    def write_validation(self, step: int, results: Mapping[str, Mapping[str, float]], mean: Mapping[str, float]) -> None:
+    def write_validation(
+        self, step: int, results: Mapping[str, Mapping[str, float]], mean: Mapping[str, float]
+    ) -> None:
         """One validation: every domain's loss and sparsity, and their means."""
         self._append({"step": step, "tokens": step * self._tokens_per_step, "validation": results, "mean": mean})
         losses = "  ".join(f"{domain} {result['ce']:.4f}" for domain, result in results.items())

@@ -142,7 +142,9 @@ def _resolve_paths(node: Any, folder: Path) -> Any:
                 raise UserError(f"recipe: {key}: {value} names an environment variable that is not set; set it")
             # A hub id (org/name) stays as it is unless a folder of that name lies beside the recipe.
             local = folder / expanded
-            is_hub_id = key in {"model", "teacher"} and re.fullmatch(r"[\w.-]+/[\w.-]+", expanded) and not local.exists()
+            is_hub_id = (
+                key in {"model", "teacher"} and re.fullmatch(r"[\w.-]+/[\w.-]+", expanded) and not local.exists()
+            )
             resolved[key] = expanded if is_hub_id else str(local)
         else:
             resolved[key] = _resolve_paths(value, folder)

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-import turbosparse.relufy.drelu  # noqa: F401  registers our model types
 from turbosparse.errors import UserError
 from turbosparse.relufy.data import Mixture, build_mixture, validation_windows
 from turbosparse.relufy.objective import Layerwise, NextToken, Objective, ffns
@@ -51,6 +51,7 @@ class RecoveryTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.objective, self.stage, self.windows, self.domains = objective, stage, windows, domains
         self.progress_log, self.compute_dtype = progress_log, dtype
+        self._evaluated: tuple[int, dict[str, float]] | None = None
         self.remove_callback(PrinterCallback)
 
     def _progress(self) -> float:
@@ -78,20 +79,24 @@ class RecoveryTrainer(Trainer):
             self.progress_log.write(self.state.global_step, logs, self.domains)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Loss and sparsity of every validation domain; also into the log."""
+        """Loss and sparsity of every validation domain, once a step; also into the log."""
+        if self._evaluated is not None and self._evaluated[0] == self.state.global_step:
+            return self._evaluated[1]
         results = validate(self.model, self.windows, self.args.device, self.compute_dtype)
         mean = mean_over_domains(results)
         self.progress_log.write_validation(self.state.global_step, results, mean)
         metrics = {f"eval_{domain}_{key}": value for domain, result in results.items() for key, value in result.items()}
-        return metrics | {f"eval_{key}": value for key, value in mean.items()}
+        metrics |= {f"eval_{key}": value for key, value in mean.items()}
+        self._evaluated = (self.state.global_step, metrics)
+        return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / _COMPLETE).touch()
 
 
-class _StopAfterStep(TrainerCallback):  # type: ignore[misc]
-    """Ends a run early at a given step with a checkpoint, as an interruption would; for tests and time limits."""
+class _TimeLimit(TrainerCallback):  # type: ignore[misc]
+    """Stops a stage, with a checkpoint to resume from, once its time is up."""
 
     def __init__(self, max_seconds: float | None) -> None:
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
@@ -165,7 +170,9 @@ def _objective(recipe: Recipe, stage: Stage, model: Any, device: torch.device, d
     if teacher is not None:
         teacher.requires_grad_(False)
         if teacher.config.vocab_size != model.config.vocab_size:
-            raise UserError(f"{teacher_folder}: the teacher's vocabulary differs from the model's; use one of its family")
+            raise UserError(
+                f"{teacher_folder}: the teacher's vocabulary differs from the model's; use one of its family"
+            )
     compiled = recipe.compile and device.type == "cuda"
     if stage.objective == "layerwise":
         model.requires_grad_(False)
@@ -214,14 +221,15 @@ def _run_stage(
         model=model,
         args=arguments,
         train_dataset=mixture,
-        processing_class=tokenizer,
+        eval_dataset=windows,
+        data_collator=default_collate,  # windows have one length: nothing to pad
         objective=objective,
         stage=stage,
         windows=windows,
         domains=[held.domain for held in recipe.data.sources],
         progress_log=ProgressLog(partial / "log.jsonl", stage, arguments.max_steps, recipe.data.context),
         dtype=dtype,
-        callbacks=[_StopAfterStep(max_seconds)],
+        callbacks=[_TimeLimit(max_seconds)],
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < arguments.max_steps:

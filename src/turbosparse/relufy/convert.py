@@ -1,0 +1,183 @@
+"""The swap: a dense checkpoint in, the same weights under a sparse activation out.
+
+No weight changes. A sparse folder is the dense one with another config (drelu.py says what stands in it), so converting
+costs a copy; what makes the model good again is training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from turbosparse.errors import UserError
+from turbosparse.relufy.drelu import ACTIVATIONS, FAMILIES, check_dense
+
+KEEP = "keep"
+_CONFIG = "config.json"
+# What makes up a checkpoint. Pickles are not on the list, nor is code that a folder brings along.
+_KEPT = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def convert(source: str | Path, out: Path, activation: str = "drelu") -> dict[str, Any]:
+    """Write `source` as a Hugging Face folder whose FFNs compute `activation`.
+
+    Args:
+        source: a Hugging Face folder, a hub id or a GGUF file of a dense model.
+        out: the folder to write; must not exist.
+        activation: "drelu", "reglu", or "keep" to rewrite a GGUF file or hub model as a dense folder (for a control).
+
+    Returns:
+        {"output", "architecture" (the model type written), "activation", "layers", "parameters"}.
+
+    Raises:
+        UserError: the source cannot be read, is no dense model of a supported family, or `out` exists.
+    """
+    if activation not in (*ACTIVATIONS, KEEP):
+        raise UserError(f"--activation {activation}: choose one of {', '.join((*ACTIVATIONS, KEEP))}.")
+    with _new_folder(out) as partial:
+        _write_dense(str(source), partial)
+        config = _checked_config(str(source), partial)
+        parameters = _checked_weights(str(source), partial, config.num_hidden_layers)
+        if activation != KEEP:
+            config = _swap(config, activation, partial)
+    return {
+        "output": str(out),
+        "architecture": config.model_type,
+        "activation": activation if activation != KEEP else config.to_dict().get("hidden_act", "dense"),
+        "layers": config.num_hidden_layers,
+        "parameters": parameters,
+    }
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` if the block succeeds and vanishes if it does not."""
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another folder or remove it.")
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}); choose another folder.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_dense(source: str, folder: Path) -> None:
+    path = Path(source)
+    if path.is_dir():
+        _copy_checkpoint(path, folder)
+    elif path.is_file():
+        _read_gguf(path, folder)
+    elif _HUB_ID.fullmatch(source):
+        _copy_checkpoint(_download(source), folder)
+    else:
+        raise UserError(f"{source}: no such file or folder, and no hub id (owner/name); check the name.")
+
+
+def _copy_checkpoint(source: Path, folder: Path) -> None:
+    if not (source / _CONFIG).is_file():
+        raise UserError(f"{source}: has no {_CONFIG}; give the folder of a Hugging Face checkpoint.")
+    if not any(source.glob("*.safetensors")):
+        raise UserError(f"{source}: has no .safetensors file; pickled weights are not loaded, save it as safetensors.")
+    for file in sorted({file for pattern in _KEPT for file in source.glob(pattern) if file.is_file()}):
+        shutil.copyfile(file, folder / file.name)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(_KEPT)))
+    except Exception as error:  # the hub's client raises errors of many kinds: offline, unknown, gated, disk full
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"{hub_id}: cannot be downloaded ({reason}); check the name and the connection.") from None
+
+
+def _read_gguf(path: Path, folder: Path) -> None:
+    """Dequantise a GGUF file to float32 through transformers, which also rebuilds its tokenizer."""
+    from turbosparse.model.config import ModelConfig
+    from turbosparse.model.gguf import GGUFFile
+
+    config = ModelConfig.from_gguf(GGUFFile.open(path))  # bounds everything before a less careful reader sees the file
+    if config.sparse:
+        raise UserError(f"{path}: is a {config.activation} model already; convert the dense one.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError, NotImplementedError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path}: transformers cannot read it ({reason}); use the Hugging Face folder.") from None
+    model.hf_quantizer = None  # the weights are plain by now; with a quantizer transformers refuses to save them
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _checked_config(source: str, folder: Path) -> Any:
+    """The config of a dense model of a supported family."""
+    try:
+        values = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        model_type = str(values.get("model_type"))
+    except (ValueError, AttributeError):
+        raise UserError(f"{source}: {_CONFIG} is not a JSON object; the checkpoint is damaged.") from None
+    if model_type.startswith("turbosparse_"):
+        raise UserError(f"{source}: is a sparse model already ({model_type}); convert the dense one.")
+    if model_type not in FAMILIES:
+        raise UserError(f"{source}: the model type {model_type[:60]!r} is not supported; {', '.join(FAMILIES)} are.")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        check_dense(config)
+    except (ValueError, TypeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{source}: {_CONFIG} cannot be used ({reason}).") from None
+    return config
+
+
+def _checked_weights(source: str, folder: Path, layers: int) -> int:
+    """Check that every layer has the three matrices of a gated FFN; returns the number of parameters stored."""
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{source}: {file.name} is damaged ({error}); fetch it again.") from None
+    for layer in range(layers):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            tensor = f"model.layers.{layer}.mlp.{name}.weight"
+            if tensor not in shapes:
+                raise UserError(f"{source}: has no tensor {tensor!r}; only gated FFNs (SwiGLU, GeGLU) are converted.")
+    total = 0
+    for shape in shapes.values():
+        count = 1
+        for size in shape:
+            count *= size
+        total += count
+    return total
+
+
+def _swap(config: Any, activation: str, folder: Path) -> Any:
+    """Replace the dense config of `folder` by that of the family's sparse form."""
+    config_class, model_class = FAMILIES[config.model_type]
+    values = config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "transformers_version", config_class.activation_key):
+        values.pop(key, None)
+    sparse = config_class(activation=activation, **values)
+    sparse.architectures = [model_class.__name__]
+    sparse.save_pretrained(folder)
+    return sparse

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformers models whose feed-forward blocks are sparse: the reference that every other implementation is held to.
+
+    dReLU   h = relu(gate) * relu(up)      Turbo Sparse, arXiv 2406.05955
+    ReGLU   h = relu(gate) * up            GLU Variants Improve Transformer, arXiv 2002.05202
+            y = h @ W_down.T               gate = x @ W_gate.T, up = x @ W_up.T, plus biases where the family has them
+
+Every folder with such a model holds a copy of this file, `modeling_turbosparse.py`, named in its `auto_map`; so it needs
+torch and transformers and nothing else.
+
+A model keeps everything of its family but the activation. Taken for its family it would run, and talk nonsense. So its
+`model_type` is its own, and what stands in its config where the family names an activation is no activation that
+transformers knows: a class of the family cannot load it by accident.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+CODE_FILE = "modeling_turbosparse.py"
+
+
+def drelu(gate: Tensor, up: Tensor) -> Tensor:
+    """relu(gate) * relu(up): a neuron fires where both are positive. Pre-activations of one shape, any float dtype."""
+    return torch.relu(gate) * torch.relu(up)
+
+
+def reglu(gate: Tensor, up: Tensor) -> Tensor:
+    """relu(gate) * up: a neuron fires where its gate is positive. Pre-activations of one shape, any float dtype."""
+    return torch.relu(gate) * up
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"drelu": drelu, "reglu": reglu}
+DENSE_ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu")
+
+
+class SparseGLU(nn.Module):
+    """The feed-forward block down(activation(gate(x), up(x))), with the projections of the dense block it replaces.
+
+    Attributes:
+        gate_proj, up_proj: d to f; down_proj: f to d. Names and shapes are the family's, so state dicts match.
+        activation: "drelu" or "reglu".
+        tap: if set, called with the pre-activations (gate, up), each [..., f], of every forward pass.
+    """
+
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: str) -> None:
+        super().__init__()
+        self.gate_proj = gate_proj
+        self.up_proj = up_proj
+        self.down_proj = down_proj
+        self.activation = activation
+        self.tap: Callable[[Tensor, Tensor], None] | None = None
+        self._combine = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., d] to [..., d]."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.tap is not None:
+            self.tap(gate, up)
+        y: Tensor = self.down_proj(self._combine(gate, up))
+        return y
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
+
+
+class _SparseConfig:
+    """What the config of a sparse model adds to its family's; comes first in its bases.
+
+    `activation` is required and stands a second time under the family's own key. They must agree: an edit that touches
+    one of them is an error, not another model.
+    """
+
+    activation: str
+    activation_key: ClassVar[str] = "hidden_act"
+    has_no_defaults_at_init: ClassVar[bool] = True  # a config without `activation` is an error even as a default
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.activation = kwargs.pop("activation", None)
+        if getattr(self, self.activation_key) == "":
+            setattr(self, self.activation_key, self.activation)
+        self.checked_activation()
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        family = type(self).__name__.removesuffix("Config")
+        module = Path(CODE_FILE).stem
+        self.auto_map = {
+            "AutoConfig": f"{module}.{family}Config",
+            "AutoModelForCausalLM": f"{module}.{family}ForCausalLM",
+        }
+
+    def checked_activation(self) -> str:
+        """The activation.
+
+        Raises:
+            ValueError: it is missing, unknown, or not what the family's key says.
+        """
+        for key in ("activation", self.activation_key):
+            value = getattr(self, key)
+            if value not in ACTIVATIONS or value != self.activation:
+                raise ValueError(
+                    f"config.json of a {type(self).model_type} model must name the activation it was made with, one of "  # type: ignore[attr-defined]
+                    f"{', '.join(ACTIVATIONS)}, under `activation` and `{self.activation_key}`; "
+                    f"`{key}` is {value!r}"
+                )
+        return self.activation
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save the config and, beside it, this file: the code that `auto_map` names."""
+        code = Path(__file__).read_bytes()
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        Path(save_directory, CODE_FILE).write_bytes(code)
+
+
+class _SparseModel:
+    """What a sparse model does to its family's: every `layer.mlp` is a SparseGLU; comes first in its bases."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        activation = config.checked_activation()
+        # The family builds dense blocks, whose projections are kept. Its layers share the config object, so the name that
+        # it does not know is hidden for that long instead of handing over a copy.
+        setattr(config, config.activation_key, "relu")
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            setattr(config, config.activation_key, activation)
+        for layer in self.model.layers:  # type: ignore[attr-defined]
+            dense = layer.mlp
+            layer.mlp = SparseGLU(dense.gate_proj, dense.up_proj, dense.down_proj, activation)
+
+
+class TurboSparseLlamaConfig(_SparseConfig, LlamaConfig):  # type: ignore[misc]
+    model_type = "turbosparse_llama"
+    hidden_act: str = ""
+
+
+class TurboSparseLlamaForCausalLM(_SparseModel, LlamaForCausalLM):  # type: ignore[misc]
+    config_class = TurboSparseLlamaConfig
+
+
+class TurboSparseMistralConfig(_SparseConfig, MistralConfig):  # type: ignore[misc]
+    model_type = "turbosparse_mistral"
+    hidden_act: str = ""
+
+
+class TurboSparseMistralForCausalLM(_SparseModel, MistralForCausalLM):  # type: ignore[misc]
+    config_class = TurboSparseMistralConfig
+
+
+class TurboSparseQwen2Config(_SparseConfig, Qwen2Config):  # type: ignore[misc]
+    model_type = "turbosparse_qwen2"
+    hidden_act: str = ""
+
+
+class TurboSparseQwen2ForCausalLM(_SparseModel, Qwen2ForCausalLM):  # type: ignore[misc]
+    config_class = TurboSparseQwen2Config
+
+
+class TurboSparseQwen3Config(_SparseConfig, Qwen3Config):  # type: ignore[misc]
+    model_type = "turbosparse_qwen3"
+    hidden_act: str = ""
+
+
+class TurboSparseQwen3ForCausalLM(_SparseModel, Qwen3ForCausalLM):  # type: ignore[misc]
+    config_class = TurboSparseQwen3Config
+
+
+class TurboSparseGemma2Config(_SparseConfig, Gemma2Config):  # type: ignore[misc]
+    model_type = "turbosparse_gemma2"
+    activation_key = "hidden_activation"
+    hidden_activation: str = ""
+
+
+class TurboSparseGemma2ForCausalLM(_SparseModel, Gemma2ForCausalLM):  # type: ignore[misc]
+    config_class = TurboSparseGemma2Config
+
+
+class TurboSparseGemma3TextConfig(_SparseConfig, Gemma3TextConfig):  # type: ignore[misc]
+    model_type = "turbosparse_gemma3_text"
+    activation_key = "hidden_activation"
+    hidden_activation: str = ""
+
+
+class TurboSparseGemma3TextForCausalLM(_SparseModel, Gemma3ForCausalLM):  # type: ignore[misc]
+    config_class = TurboSparseGemma3TextConfig
+
+
+# model_type of the dense family: config and model of its sparse form
+FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {
+    "llama": (TurboSparseLlamaConfig, TurboSparseLlamaForCausalLM),
+    "mistral": (TurboSparseMistralConfig, TurboSparseMistralForCausalLM),
+    "qwen2": (TurboSparseQwen2Config, TurboSparseQwen2ForCausalLM),
+    "qwen3": (TurboSparseQwen3Config, TurboSparseQwen3ForCausalLM),
+    "gemma2": (TurboSparseGemma2Config, TurboSparseGemma2ForCausalLM),
+    "gemma3_text": (TurboSparseGemma3TextConfig, TurboSparseGemma3TextForCausalLM),
+}
+
+
+def check_dense(config: Any) -> None:
+    """Check that a family's config is one that the swap understands.
+
+    Raises:
+        ValueError: its FFN is not gated by the activation that the family was trained with, or is a mixture of experts.
+    """
+    key = FAMILIES[config.model_type][0].activation_key
+    activation = getattr(config, key, None)
+    if activation not in DENSE_ACTIVATIONS:
+        raise ValueError(f"`{key}` is {activation!r}; the swap starts from one of {', '.join(DENSE_ACTIVATIONS)}")

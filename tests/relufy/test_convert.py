@@ -1,0 +1,212 @@
+"""The swap: every family, what a folder computes and where it loads; it never loads silently as something else."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from turbosparse.errors import UserError
+from turbosparse.relufy.convert import convert
+from turbosparse.relufy.drelu import FAMILIES, SparseGLU, drelu, reglu
+
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_DENSE_TYPE = {family: config.__mro__[2].model_type for family, (config, _) in FAMILIES.items()}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny random dense folder of every family."""
+    folder = tmp_path_factory.mktemp("dense")
+    folders = {}
+    for family, model_type in _DENSE_TYPE.items():
+        torch.manual_seed(7)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **_SIZES))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        folders[family] = folder / family
+        model.save_pretrained(folders[family])
+    return folders
+
+
+def _by_hand(model: torch.nn.Module, activation: str) -> None:
+    """Replace the FFN of a dense model by the formula, without our module."""
+    combine = {"drelu": lambda g, u: g.clamp(min=0) * u.clamp(min=0), "reglu": lambda g, u: g.clamp(min=0) * u}[
+        activation
+    ]
+    for layer in model.model.layers:
+        mlp = layer.mlp
+        mlp.forward = lambda x, mlp=mlp: mlp.down_proj(combine(mlp.gate_proj(x), mlp.up_proj(x)))
+
+
+@pytest.mark.parametrize("activation", ["drelu", "reglu"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_converted_folder_computes_the_formula_with_the_dense_weights(dense, tmp_path, family, activation):
+    record = convert(dense[family], tmp_path / "sparse", activation)
+    assert record["architecture"] == f"turbosparse_{family}" and record["activation"] == activation
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert type(model) is FAMILIES[family][1] and model.config.architectures == [type(model).__name__]
+    assert all(isinstance(layer.mlp, SparseGLU) for layer in model.model.layers)
+    reference = AutoModelForCausalLM.from_pretrained(dense[family])
+    _by_hand(reference, activation)
+    ids = torch.randint(3, 64, (2, 17), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_saving_a_loaded_model_keeps_its_kind_and_its_code(dense, tmp_path):
+    convert(dense["llama"], tmp_path / "a")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (config["model_type"], config["activation"], config["hidden_act"]) == ("turbosparse_llama", "drelu", "drelu")
+    assert (tmp_path / "b" / "modeling_turbosparse.py").read_text() == (
+        tmp_path / "a" / "modeling_turbosparse.py"
+    ).read_text()
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_maths():
+    gate, up = torch.tensor([-1.0, 2.0, 2.0, -1.0]), torch.tensor([3.0, 3.0, -3.0, -3.0])
+    assert drelu(gate, up).tolist() == [0.0, 6.0, 0.0, 0.0]
+    assert reglu(gate, up).tolist() == [0.0, 6.0, -6.0, 0.0]
+
+
+_LOAD = """
+import sys, torch
+{imports}
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], {options})
+torch.manual_seed(0)
+x = torch.randn(5, 32)
+mlp = model.model.layers[0].mlp
+expected = mlp.down_proj(torch.relu(mlp.gate_proj(x)) * torch.relu(mlp.up_proj(x)))
+assert torch.equal(mlp(x), expected), "not dReLU"
+print(type(model).__name__)
+"""
+
+
+def _load_elsewhere(
+    folder: Path, tmp_path: Path, imports: str = "", options: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Load `folder` in a new process, far from this package unless `imports` asks for it."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    if "turbosparse" not in imports:
+        environment["PYTHONPATH"] = str(_without_turbosparse(tmp_path))
+    script = _LOAD.format(imports=imports, options=options)
+    command = [sys.executable, "-c", script, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=tmp_path)
+
+
+def _without_turbosparse(tmp_path: Path) -> Path:
+    """A folder for PYTHONPATH in which `import turbosparse` fails, even where the package is installed."""
+    blocker = tmp_path / "blocker" / "turbosparse"
+    blocker.mkdir(parents=True, exist_ok=True)
+    (blocker / "__init__.py").write_text("raise ImportError('not installed here')\n")
+    return blocker.parent
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_it_loads_as_drelu_or_not_at_all(dense, tmp_path, family):
+    convert(dense[family], tmp_path / "sparse")
+    name = FAMILIES[family][1].__name__
+    ours = _load_elsewhere(tmp_path / "sparse", tmp_path, imports="import turbosparse")
+    assert (ours.returncode, ours.stdout.strip()) == (0, name), ours.stderr
+    late = _load_elsewhere(tmp_path / "sparse", tmp_path, imports="import transformers.models.auto, turbosparse")
+    assert (late.returncode, late.stdout.strip()) == (0, name), late.stderr
+    trusting = _load_elsewhere(tmp_path / "sparse", tmp_path, options="trust_remote_code=True")
+    assert (trusting.returncode, trusting.stdout.strip()) == (0, name), trusting.stderr
+    stranger = _load_elsewhere(tmp_path / "sparse", tmp_path, options="trust_remote_code=False")
+    assert stranger.returncode != 0 and "trust_remote_code" in stranger.stderr
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_dense_classes_of_transformers_refuse_it(dense, tmp_path, family):
+    convert(dense[family], tmp_path / "sparse", "reglu")
+    dense_class = FAMILIES[family][1].__mro__[2]
+    with pytest.raises(Exception, match=r"reglu|turbosparse"):
+        dense_class.from_pretrained(tmp_path / "sparse")
+
+
+def test_a_config_whose_two_activations_disagree_is_an_error(dense, tmp_path):
+    convert(dense["llama"], tmp_path / "sparse")
+    path = tmp_path / "sparse" / "config.json"
+    config = json.loads(path.read_text())
+    for edit in ({"activation": "reglu"}, {"hidden_act": "silu"}, {"activation": None}):
+        path.write_text(json.dumps(config | edit))
+        with pytest.raises(ValueError, match="activation"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+
+
+def _break(folder: Path, what: str) -> None:
+    config_path = folder / "config.json"
+    config = json.loads(config_path.read_text())
+    if what == "no config":
+        config_path.unlink()
+    elif what == "not JSON":
+        config_path.write_text("{")
+    elif what == "a list":
+        config_path.write_text("[]")
+    elif what == "unsupported":
+        config_path.write_text(json.dumps(config | {"model_type": "mamba"}))
+    elif what == "activation":
+        config_path.write_text(json.dumps(config | {"hidden_act": "tanh"}))
+    elif what == "pickle only":
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    elif what == "truncated":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif what == "more layers":
+        config_path.write_text(json.dumps(config | {"num_hidden_layers": 3}))
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("no config", "has no config.json"),
+        ("not JSON", "not a JSON object"),
+        ("a list", "not a JSON object"),
+        ("unsupported", "'mamba' is not supported"),
+        ("activation", "'tanh'"),
+        ("pickle only", "no .safetensors"),
+        ("truncated", "damaged"),
+        ("more layers", "model.layers.2.mlp.gate_proj.weight"),
+    ],
+)
+def test_a_bad_source_is_one_sentence_and_leaves_nothing(dense, tmp_path, what, sentence):
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in dense["llama"].iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    _break(source, what)
+    with pytest.raises(UserError, match=sentence.replace(".", r"\.")) as caught:
+        convert(source, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_is_there_stays_and_what_is_sparse_is_not_converted_again(dense, tmp_path):
+    convert(dense["llama"], tmp_path / "sparse")
+    with pytest.raises(UserError, match="exists already"):
+        convert(dense["llama"], tmp_path / "sparse")
+    with pytest.raises(UserError, match="sparse model already"):
+        convert(tmp_path / "sparse", tmp_path / "again")
+    with pytest.raises(UserError, match="no such file"):
+        convert(tmp_path / "nowhere", tmp_path / "out")

@@ -1,0 +1,179 @@
+"""The whole training path on a tiny dReLU model: stages, log, resume at the very next sample, safe folders."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from turbosparse.errors import UserError
+from turbosparse.relufy import trainer as trainer_module
+from turbosparse.relufy.convert import convert
+from turbosparse.relufy.trainer import RecoveryTrainer, train_from_recipe
+
+_STAGES = """
+ - {name: warm, objective: layerwise, teacher: dense, tokens: 512, batch_tokens: 64, device_windows: 4,
+    learning_rate: 1.0e-2, sparsity: {target_rate: 0.1, weight: 2.0}}
+ - {name: recover, objective: cross_entropy, tokens: 640, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2,
+    distillation: {teacher: dense, share: 0.5}, sparsity: {target_rate: 0.1, weight: 1.0}, eval_every: 5, save_every: 3}
+"""
+
+
+def _recipe(folder: Path, output: str, model: str = "drelu", stages: str = _STAGES) -> Path:
+    path = folder / f"{output}.yaml"
+    path.write_text(f"""
+model: {model}
+output: {output}
+data:
+  context: 16
+  cache: cache
+  sources: [{{domain: a, path: a.jsonl}}, {{domain: b, path: b.jsonl, weight: 2}}]
+  validation: [{{domain: a, path: a.jsonl}}, {{domain: b, path: b.jsonl}}]
+log_every: 1
+workers: 0
+stages:{stages}""")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense tiny Llama, its dReLU conversion, and two small domains."""
+    folder = tmp_path_factory.mktemp("train")
+    words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(50)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 64}
+    config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder / "dense")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder / "dense")
+    convert(folder / "dense", folder / "drelu")
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        documents = ({"text": " ".join(f"w{j}" for j in rng.integers(50, size=40))} for _ in range(60))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_run(folder: Path) -> Path:
+    assert train_from_recipe(_recipe(folder, "whole"))["done"]
+    return folder / "whole"
+
+
+def _log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_stages_learn_and_log_loss_and_sparsity_per_domain(whole_run):
+    warm = [record for record in _log(whole_run / "1-warm") if "loss" in record]
+    assert warm[-1]["relative_error"] < warm[0]["relative_error"]
+    assert warm[-1]["sparsity_h"] > warm[0]["sparsity_h"]
+    recover = _log(whole_run / "2-recover")
+    steps = [record for record in recover if "loss" in record]
+    assert len(steps) == 10 and steps[-1]["tokens"] == 640
+    assert {"ce", "ce_a", "ce_b", "mixed_ce", "penalty", "sparsity_h", "learning_rate"} <= steps[-1].keys()
+    checks = [record for record in recover if "validation" in record]
+    assert [record["step"] for record in checks] == [5, 10]
+    assert checks[-1]["mean"]["ce"] < checks[0]["mean"]["ce"]
+    assert 0 < checks[-1]["validation"]["a"]["sparsity_h"] < 1
+    metrics = json.loads((whole_run / "2-recover" / "metrics.json").read_text())
+    assert metrics["eval_a_ce"] == checks[-1]["validation"]["a"]["ce"]
+
+
+def test_validation_equals_a_plain_forward_pass(folder, whole_run):
+    """The reported cross-entropy and zeros, computed again through the model's own loss and a hook on h."""
+    from transformers import AutoTokenizer
+
+    from turbosparse.relufy.data import validation_windows
+    from turbosparse.relufy.recipes import TextSource
+
+    model = AutoModelForCausalLM.from_pretrained(whole_run / "2-recover", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(whole_run / "2-recover")
+    windows = validation_windows(TextSource(domain="a", path=str(folder / "a.jsonl")), tokenizer, folder / "cache", 16)
+    zeros = []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda _m, inputs, _o: zeros.append((inputs[0] == 0).float().mean()))
+    with torch.no_grad():
+        loss = model(windows, labels=windows).loss.item()
+    metrics = json.loads((whole_run / "2-recover" / "metrics.json").read_text())
+    assert metrics["eval_a_ce"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["eval_a_sparsity_h"] == pytest.approx(torch.stack(zeros).mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("interrupted_step", [2, 7])
+def test_an_interrupted_run_resumes_to_the_same_weights(folder, whole_run, monkeypatch, interrupted_step):
+    recipe = _recipe(folder, f"interrupted{interrupted_step}")
+    seen: list[torch.Tensor] = []
+    original = RecoveryTrainer.compute_loss
+
+    def interrupting(self, model, inputs, *args, **kwargs):
+        if self.stage.name == "recover" and self.state.global_step == interrupted_step:
+            raise KeyboardInterrupt
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(RecoveryTrainer, "compute_loss", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        train_from_recipe(recipe)
+    assert not (folder / f"interrupted{interrupted_step}" / "2-recover").exists()
+
+    def recording(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["input_ids"].clone())
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(RecoveryTrainer, "compute_loss", recording)
+    with pytest.raises(UserError, match="--resume"):
+        train_from_recipe(recipe)
+    assert train_from_recipe(recipe, resume=True)["done"]
+    assert len(seen) == 2 * (10 - interrupted_step // 3 * 3)  # two micro-batches a step, from the last checkpoint on
+    resumed = AutoModelForCausalLM.from_pretrained(folder / f"interrupted{interrupted_step}" / "2-recover")
+    expected = AutoModelForCausalLM.from_pretrained(whole_run / "2-recover")
+    for (name, tensor), reference in zip(resumed.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(tensor, reference), name
+
+
+def test_a_half_written_checkpoint_is_not_resumed(folder, monkeypatch):
+    recipe = _recipe(folder, "half", stages=_STAGES.replace("eval_every: 5, save_every: 3", "save_every: 4"))
+    original = RecoveryTrainer._save_optimizer_and_scheduler
+
+    def interrupted(self, output_dir):
+        if self.state.global_step == 8:
+            raise KeyboardInterrupt
+        return original(self, output_dir)
+
+    monkeypatch.setattr(RecoveryTrainer, "_save_optimizer_and_scheduler", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_from_recipe(recipe)
+    partial = folder / "half" / "2-recover.partial"
+    assert (partial / "checkpoint-8").exists()
+    assert trainer_module._last_checkpoint(partial) == partial / "checkpoint-4"
+
+
+def test_another_recipe_cannot_resume_a_run(folder, whole_run):
+    (folder / "other").mkdir()
+    recipe = _recipe(folder, "whole")
+    recipe.write_text(recipe.read_text() + "\nseed: 7\n")
+    with pytest.raises(UserError, match="another recipe"):
+        train_from_recipe(recipe, resume=True)
+
+
+def test_a_dense_control_trains_with_the_same_code(folder):
+    stages = "\n - {name: adapt, objective: cross_entropy, tokens: 320, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2}"
+    result = train_from_recipe(_recipe(folder, "control", model="dense", stages=stages))
+    assert result["stages"]["adapt"]["eval_ce"] < np.log(64)
+    assert "eval_sparsity_h" not in result["stages"]["adapt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [(("model: drelu", "model: absent"), "absent"), (("device_windows: 4", "device_windows: 3"), "divisor")],
+)
+def test_what_the_user_got_wrong(folder, change, word):
+    recipe = _recipe(folder, f"wrong-{word}")
+    recipe.write_text(recipe.read_text().replace(*change))
+    with pytest.raises(UserError, match=word):
+        train_from_recipe(recipe)
