@@ -157,6 +157,14 @@ def _load(folder: str, dtype: torch.dtype) -> Any:
         raise UserError(f"{folder}: cannot load the model ({first}); make one with `turbosparse convert`") from None
 
 
+def _load_tokenizer(folder: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder}: cannot load the tokenizer ({first}); put its tokenizer.json beside the model") from None
+
+
 def _compile(blocks: list[nn.Module]) -> None:
     """Compile block by block: all layers share one compiled graph, which takes seconds instead of minutes."""
     torch._dynamo.config.recompile_limit = 64
@@ -209,8 +217,8 @@ def _run_stage(
     arguments = _arguments(recipe, stage, partial)
     device = arguments.device
     dtype = torch.bfloat16 if device.type == "cuda" else None  # fp32 master weights, bf16 matrix products
-    tokenizer = AutoTokenizer.from_pretrained(source)
     model = _load(source, torch.float32)
+    tokenizer = _load_tokenizer(source)
     mixture = _mixture(recipe, tokenizer, arguments, index)
     cache = Path(recipe.data.cache)
     windows = {
