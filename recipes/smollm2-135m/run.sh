@@ -12,7 +12,7 @@ turbosparse=${TURBOSPARSE:-python3 -m turbosparse}
 
 mkdir -p "$WORK"
 [ -d "$WORK/smollm2-135m-dense" ] || $turbosparse convert "$source" "$WORK/smollm2-135m-dense" --activation keep
-[ -d "$WORK/smollm2-135m-drelu" ] || $turbosparse convert "$source" "$WORK/smollm2-135m-drelu"
+[ -d "$WORK/smollm2-135m-drelu" ] || $turbosparse convert "$WORK/smollm2-135m-dense" "$WORK/smollm2-135m-drelu"
 [ -f "$WORK/chat.jsonl" ] || python3 "$here/make_chat.py" "$CORPUS" "$WORK/chat.jsonl"
 for recipe in control drelu; do
     $turbosparse train "$here/$recipe.yaml" --resume
