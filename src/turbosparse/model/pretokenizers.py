@@ -89,10 +89,10 @@ PRE_TOKENIZERS |= {alias: PRE_TOKENIZERS[name] for name, aliases in _RELATIVES.i
 def detect(spec: dict[str, Any]) -> str | None:
     """The `tokenizer.ggml.pre` name of a tokenizer.json, or None where no name cuts text as it does."""
     steps = _steps(spec.get("pre_tokenizer"))
-    normalizer = spec.get("normalizer")
-    nfc = isinstance(normalizer, dict) and _flat(normalizer, "normalizers") == [{"type": "NFC"}]
-    if steps is None or not (nfc or normalizer is None):
+    normalizer = flat_parts(spec.get("normalizer"), "normalizers")
+    if steps is None or normalizer not in ([], [{"type": "NFC"}]):
         return None
+    nfc = bool(normalizer)
     ignore_merges = bool(spec["model"].get("ignore_merges"))
     for name, entry in PRE_TOKENIZERS.items():
         if (entry.steps, entry.nfc, entry.ignore_merges) == (steps, nfc, ignore_merges):
@@ -100,15 +100,22 @@ def detect(spec: dict[str, Any]) -> str | None:
     return None
 
 
-def _flat(part: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    return [inner for item in part[key] for inner in _flat(item, key)] if part.get("type") == "Sequence" else [part]
+def flat_parts(part: Any, key: str) -> list[dict[str, Any]]:
+    """The leaves of a normalizer, pre-tokenizer or post-processor of tokenizer.json, in order; [] for null.
+
+    `key` is where a Sequence keeps its parts.
+    """
+    if not isinstance(part, dict):
+        return []
+    inner = part.get(key)
+    if part.get("type") == "Sequence" and isinstance(inner, list):
+        return [leaf for item in inner for leaf in flat_parts(item, key)]
+    return [part]
 
 
 def _steps(pre_tokenizer: Any) -> tuple[Step, ...] | None:
     """The steps of a pre_tokenizer of tokenizer.json; None where it is not ours to express."""
-    if not isinstance(pre_tokenizer, dict):
-        return None
-    *parts, last = _flat(pre_tokenizer, "pretokenizers")
+    *parts, last = flat_parts(pre_tokenizer, "pretokenizers") or [{}]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None
     steps: list[Step] = []
@@ -116,7 +123,8 @@ def _steps(pre_tokenizer: Any) -> tuple[Step, ...] | None:
         if part.get("type") == "Digits" and part.get("individual_digits"):
             steps.append(("digits", "one"))
         elif part.get("type") == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
-            steps.append(("split", part.get("pattern", {}).get("Regex", "")))
+            pattern = part.get("pattern")
+            steps.append(("split", str(pattern.get("Regex")) if isinstance(pattern, dict) else ""))
         else:
             return None
     if last.get("use_regex", True):

@@ -15,6 +15,7 @@ from gguf import TokenType
 
 from turbosparse.errors import UserError
 from turbosparse.model import pretokenizers
+from turbosparse.model.pretokenizers import flat_parts
 from turbosparse.model.vocabulary import MAX_TOKENS, SPACE, Vocabulary, merges_from_scores
 
 MAX_FILE_BYTES = 1 << 28
@@ -40,7 +41,10 @@ def tokenizer_metadata(hf_dir: str | Path) -> dict[str, Any]:
     model = spec.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         folder.fail("tokenizer.json is not a BPE tokenizer; only BPE models can be exported")
-    sentencepiece = bool(model.get("byte_fallback"))
+    pre_tokenizer = flat_parts(spec.get("pre_tokenizer"), "pretokenizers")
+    sentencepiece = not any(part.get("type") == "ByteLevel" for part in pre_tokenizer)
+    if sentencepiece and not model.get("byte_fallback"):
+        folder.fail("tokenizer.json is neither byte-level BPE nor SentencePiece BPE with byte fallback")
     tokens, types = _tokens(folder, spec, sentencepiece)
     ids = {token: index for index, token in enumerate(tokens)}
     merges = _merges(folder, model)
@@ -183,27 +187,18 @@ def _scores_give(tokens: list[str], types: list[int], scores: list[float], merge
 def _space_prefix(folder: _Folder, spec: dict[str, Any]) -> bool:
     """Whether a SentencePiece tokenizer puts a space in front; anything but the known forms is an error."""
     prefix = False
-    for part in _parts(spec.get("normalizer"), "normalizers"):
+    for part in flat_parts(spec.get("normalizer"), "normalizers"):
         if part.get("type") == "Prepend" and part.get("prepend") == SPACE:
             prefix = True
         elif part.get("type") != "Replace" or part.get("content") != SPACE:
             folder.fail(f"the normalizer {str(part.get('type'))[:40]} of tokenizer.json cannot be written to GGUF")
-    for part in _parts(spec.get("pre_tokenizer"), "pretokenizers"):
+    for part in flat_parts(spec.get("pre_tokenizer"), "pretokenizers"):
         if part.get("type") == "Metaspace":
             prefix = prefix or part.get("prepend_scheme", "always") != "never"
         elif part.get("type") != "Split" or part.get("pattern") != {"String": " "}:
             # Gemma splits at spaces that its normalizer has already replaced, which does nothing.
             folder.fail(f"the pre-tokenizer {str(part.get('type'))[:40]} of tokenizer.json cannot be written to GGUF")
     return prefix
-
-
-def _parts(part: Any, key: str) -> list[dict[str, Any]]:
-    if not isinstance(part, dict):
-        return []
-    inner = part.get(key)
-    if part.get("type") == "Sequence" and isinstance(inner, list):
-        return [leaf for item in inner for leaf in _parts(item, key)]
-    return [part]
 
 
 def _special_ids(folder: _Folder, ids: dict[str, int], spec: dict[str, Any]) -> dict[str, Any]:
@@ -231,7 +226,7 @@ def _special_ids(folder: _Folder, ids: dict[str, int], spec: dict[str, Any]) -> 
 
 def _template_adds(post_processor: Any, bos: int) -> bool:
     """Whether a post-processor of tokenizer.json puts `bos` in front of a single text."""
-    for part in _parts(post_processor, "processors"):
+    for part in flat_parts(post_processor, "processors"):
         single = part.get("single")
         if part.get("type") != "TemplateProcessing" or not isinstance(single, list) or not single:
             continue

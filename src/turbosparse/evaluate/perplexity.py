@@ -1,0 +1,207 @@
+"""Perplexity of a text, with the engine or with transformers, by the same windows and the same arithmetic.
+
+A window stands alone: its first token is given, and tokens 2..n are predicted from those before them in the window.
+nats per token = - mean log p(token | before), perplexity = exp of it (Jelinek et al. 1977).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from turbosparse.errors import UserError
+from turbosparse.evaluate.windows import WINDOW, windows
+
+Floats = npt.NDArray[np.floating[Any]]
+Progress = Callable[[int, float], None]
+"""Called after each window with the tokens predicted so far and their mean nats."""
+
+# Logits that are held as float64 at one time: 32 MiB, where a window of Gemma's vocabulary would be 2 GiB.
+_LOGITS_AT_ONCE = 1 << 22
+
+
+class Session(Protocol):
+    """What is needed of `turbosparse.engine`'s session."""
+
+    def reset(self) -> None: ...
+
+    def logits(self, tokens: Sequence[int], mode: str) -> npt.NDArray[np.float32]: ...
+
+
+class Engine(Protocol):
+    """What is needed of `turbosparse.engine.Engine`."""
+
+    def session(self, context: int) -> Session: ...
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """`tokens` were predicted, at `nats_per_token` on average; perplexity = exp(nats_per_token)."""
+
+    mode: str
+    tokens: int
+    nats_per_token: float
+    perplexity: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def negative_log_likelihoods(logits_NV: Floats, targets_N: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """-log softmax(logits)[target] of every row, in nats, summed in float64. Logits [n, vocab], targets [n]."""
+    targets = np.asarray(targets_N, dtype=np.int64)
+    out = np.empty(len(targets), np.float64)
+    for rows in _chunks(logits_NV):
+        log_p = _log_softmax(logits_NV[rows])
+        out[rows] = -log_p[np.arange(len(log_p)), targets[rows]]
+    return out
+
+
+def perplexity_engine(
+    engine: Engine, token_windows: Iterable[Sequence[int]], mode: str, progress: Progress | None = None
+) -> PerplexityResult:
+    """Perplexity of `token_windows` (see `windows.windows`) as the engine runs them in `mode`.
+
+    Raises:
+        UserError: the model gives a logit that is not a number, or there is no token to predict.
+    """
+    session: Session | None = None
+    context = 0
+    total = _Total(mode, progress)
+    for window in token_windows:
+        if session is None or len(window) > context:
+            context = max(len(window), WINDOW)
+            session = engine.session(context=context)
+        session.reset()
+        # The logits after the last token predict nothing that is in the window.
+        total.add(negative_log_likelihoods(session.logits(window[:-1], mode), window[1:]))
+    return total.result()
+
+
+def perplexity_hf(
+    model_dir: str | Path,
+    path: str | Path,
+    length: int = WINDOW,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> PerplexityResult:
+    """Perplexity of the text in `path` for a Hugging Face folder, in float32; mode is "hf".
+
+    Raises:
+        UserError: torch is not installed, the folder is not a causal language model, or as `perplexity_engine`.
+    """
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise UserError("Hugging Face folders need torch; install turbosparse[train], or export to GGUF.") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{model_dir} cannot be loaded with transformers ({reason}).") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).eval()
+    total = _Total("hf", progress)
+    for window in windows(_HFTokenizer(tokenizer), path, length, limit):
+        with torch.inference_mode():
+            logits = model(torch.tensor([window[:-1]], device=device)).logits[0]
+        total.add(negative_log_likelihoods(logits.float().cpu().numpy(), window[1:]))
+    return total.result()
+
+
+def kl_divergence(
+    engine_a: Engine,
+    engine_b: Engine,
+    token_windows: Iterable[Sequence[int]],
+    mode_a: str = "dense",
+    mode_b: str | None = None,
+    progress: Progress | None = None,
+) -> float:
+    """Mean over all positions of KL(a || b) in nats: what is lost when b stands in for a.
+
+    Raises:
+        UserError: as `perplexity_engine`, or the vocabularies differ.
+    """
+    sessions = (engine_a.session(context=WINDOW), engine_b.session(context=WINDOW))
+    total = _Total("kl", progress)
+    for window in token_windows:
+        if len(window) > WINDOW:
+            raise UserError(f"A window of {len(window)} tokens is too long; give at most {WINDOW}.")
+        for session in sessions:
+            session.reset()
+        a_NV = sessions[0].logits(window, mode_a)
+        b_NV = sessions[1].logits(window, mode_b or mode_a)
+        if a_NV.shape != b_NV.shape:
+            raise UserError(
+                f"The models have {a_NV.shape[1]} and {b_NV.shape[1]} tokens; compare models of one vocabulary."
+            )
+        total.add(_divergences(a_NV, b_NV))
+    return total.result().nats_per_token
+
+
+def _divergences(a_NV: Floats, b_NV: Floats) -> npt.NDArray[np.float64]:
+    out = np.empty(len(a_NV), np.float64)
+    for rows in _chunks(a_NV):
+        log_a, log_b = _log_softmax(a_NV[rows]), _log_softmax(b_NV[rows])
+        probability = np.exp(log_a)
+        # Where a is exactly 0 the term is 0, whatever b is (and -inf minus -inf is no number).
+        with np.errstate(invalid="ignore"):
+            terms = np.where(probability > 0, probability * (log_a - log_b), 0.0)
+        out[rows] = terms.sum(axis=1)
+    return out
+
+
+def _log_softmax(logits_NV: Floats) -> npt.NDArray[np.float64]:
+    shifted = logits_NV.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
+
+
+def _chunks(logits_NV: Floats) -> Iterable[slice]:
+    rows, vocabulary = logits_NV.shape
+    step = max(1, _LOGITS_AT_ONCE // vocabulary)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+class _Total:
+    """A running mean that refuses what is not a number."""
+
+    def __init__(self, mode: str, progress: Progress | None) -> None:
+        self._mode, self._progress = mode, progress
+        self._sums: list[float] = []
+        self._tokens = 0
+
+    def add(self, values: npt.NDArray[np.float64]) -> None:
+        if np.isnan(values).any():
+            raise UserError(f"The model gives logits that are not numbers in mode {self._mode}; its file is damaged.")
+        self._sums.append(math.fsum(values))
+        self._tokens += len(values)
+        if self._progress is not None and self._tokens:
+            self._progress(self._tokens, math.fsum(self._sums) / self._tokens)
+
+    def result(self) -> PerplexityResult:
+        if not self._tokens:
+            raise UserError("There is no token to predict; give a longer text.")
+        nats = math.fsum(self._sums) / self._tokens
+        return PerplexityResult(self._mode, self._tokens, nats, math.exp(nats) if nats < 700 else math.inf)
+
+
+class _HFTokenizer:
+    """The tokenizer of a Hugging Face folder, as `windows` wants it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.eos_id: int | None = tokenizer.eos_token_id
+
+    def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
+        # Without `split_special_tokens` a text that quotes "<eos>" would hold a control token.
+        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
