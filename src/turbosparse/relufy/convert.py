@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from turbosparse.errors import UserError
+from turbosparse.model.pretokenizers import PRE_TOKENIZERS
 from turbosparse.relufy.drelu import ACTIVATIONS, FAMILIES, check_dense
 
 KEEP = "keep"
@@ -112,7 +113,8 @@ def _read_gguf(path: Path, folder: Path) -> None:
     from turbosparse.model.config import ModelConfig
     from turbosparse.model.gguf import GGUFFile
 
-    config = ModelConfig.from_gguf(GGUFFile.open(path))  # bounds everything before a less careful reader sees the file
+    file = GGUFFile.open(path)
+    config = ModelConfig.from_gguf(file)  # bounds everything before a less careful reader sees the file
     if config.sparse:
         raise UserError(f"{path}: is a {config.activation} model already; convert the dense one.")
     try:
@@ -125,7 +127,22 @@ def _read_gguf(path: Path, folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
+    _repair_tokenizer(tokenizer, file.metadata)
     tokenizer.save_pretrained(folder)
+
+
+def _repair_tokenizer(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
+    """Set what transformers 5.17 does not read from a GGUF file: which tokens are special, how text is cut into words."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    for attribute, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(token_id, int) and 0 <= token_id < len(tokens):
+            setattr(tokenizer, f"{attribute}_token", tokens[token_id])
+    cuts = PRE_TOKENIZERS.get(metadata.get("tokenizer.ggml.pre", ""))
+    if metadata.get("tokenizer.ggml.model") == "gpt2" and cuts is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = cuts.build()
+        if normalizer := cuts.normalizer():
+            tokenizer.backend_tokenizer.normalizer = normalizer
 
 
 def _checked_config(source: str, folder: Path) -> Any:
