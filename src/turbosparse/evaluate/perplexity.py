@@ -17,13 +17,16 @@ import numpy.typing as npt
 
 from turbosparse.errors import UserError
 from turbosparse.evaluate.windows import WINDOW, windows
+from turbosparse.model.config import ModelConfig
 
 Floats = npt.NDArray[np.floating[Any]]
 Progress = Callable[[int, float], None]
 """Called after each window with the tokens predicted so far and their mean nats."""
 
-# Logits that are held as float64 at one time: 32 MiB, where a window of Gemma's vocabulary would be 2 GiB.
-_LOGITS_AT_ONCE = 1 << 22
+# A window of Gemma's vocabulary is 2^28 logits. The engine is asked for this many at a time (256 MiB of float32), and
+# this many are held as float64 (32 MiB).
+_LOGITS_ASKED = 1 << 26
+_LOGITS_IN_FLOAT64 = 1 << 22
 
 
 class Session(Protocol):
@@ -36,6 +39,9 @@ class Session(Protocol):
 
 class Engine(Protocol):
     """What is needed of `turbosparse.engine.Engine`."""
+
+    @property
+    def config(self) -> ModelConfig: ...
 
     def session(self, context: int) -> Session: ...
 
@@ -79,8 +85,10 @@ def perplexity_engine(
             context = max(len(window), WINDOW)
             session = engine.session(context=context)
         session.reset()
-        # The logits after the last token predict nothing that is in the window.
-        total.add(negative_log_likelihoods(session.logits(window[:-1], mode), window[1:]))
+        for part in _parts(len(window) - 1, engine.config.vocab_size):
+            targets = window[part.start + 1 : part.stop + 1]
+            total.add(negative_log_likelihoods(session.logits(window[part], mode), targets))
+        total.show()
     return total.result()
 
 
@@ -103,7 +111,7 @@ def perplexity_hf(
         raise UserError("Hugging Face folders need torch; install turbosparse[train], or export to GGUF.") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, use_safetensors=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{model_dir} cannot be loaded with transformers ({reason}).") from error
@@ -114,6 +122,7 @@ def perplexity_hf(
         with torch.inference_mode():
             logits = model(torch.tensor([window[:-1]], device=device)).logits[0]
         total.add(negative_log_likelihoods(logits.float().cpu().numpy(), window[1:]))
+        total.show()
     return total.result()
 
 
@@ -130,21 +139,28 @@ def kl_divergence(
     Raises:
         UserError: as `perplexity_engine`, or the vocabularies differ.
     """
-    sessions = (engine_a.session(context=WINDOW), engine_b.session(context=WINDOW))
+    if engine_a.config.vocab_size != engine_b.config.vocab_size:
+        sizes = f"{engine_a.config.vocab_size} and {engine_b.config.vocab_size}"
+        raise UserError(f"The models have {sizes} tokens; compare models of one vocabulary.")
     total = _Total("kl", progress)
+    sessions: tuple[Session, Session] | None = None
+    context = 0
     for window in token_windows:
-        if len(window) > WINDOW:
-            raise UserError(f"A window of {len(window)} tokens is too long; give at most {WINDOW}.")
+        if sessions is None or len(window) > context:
+            context = max(len(window), WINDOW)
+            sessions = (engine_a.session(context=context), engine_b.session(context=context))
         for session in sessions:
             session.reset()
-        a_NV = sessions[0].logits(window, mode_a)
-        b_NV = sessions[1].logits(window, mode_b or mode_a)
-        if a_NV.shape != b_NV.shape:
-            raise UserError(
-                f"The models have {a_NV.shape[1]} and {b_NV.shape[1]} tokens; compare models of one vocabulary."
-            )
-        total.add(_divergences(a_NV, b_NV))
+        for part in _parts(len(window), engine_a.config.vocab_size):
+            a_NV, b_NV = sessions[0].logits(window[part], mode_a), sessions[1].logits(window[part], mode_b or mode_a)
+            total.add(_divergences(a_NV, b_NV))
+        total.show()
     return total.result().nats_per_token
+
+
+def _parts(length: int, vocabulary: int) -> Iterable[slice]:
+    """A window in parts whose logits fit into memory; the session's cache carries from one to the next."""
+    return _slices(length, max(1, _LOGITS_ASKED // vocabulary))
 
 
 def _divergences(a_NV: Floats, b_NV: Floats) -> npt.NDArray[np.float64]:
@@ -168,8 +184,11 @@ def _log_softmax(logits_NV: Floats) -> npt.NDArray[np.float64]:
 
 def _chunks(logits_NV: Floats) -> Iterable[slice]:
     rows, vocabulary = logits_NV.shape
-    step = max(1, _LOGITS_AT_ONCE // vocabulary)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+    return _slices(rows, max(1, _LOGITS_IN_FLOAT64 // vocabulary))
+
+
+def _slices(length: int, step: int) -> Iterable[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 class _Total:
@@ -185,6 +204,8 @@ class _Total:
             raise UserError(f"The model gives logits that are not numbers in mode {self._mode}; its file is damaged.")
         self._sums.append(math.fsum(values))
         self._tokens += len(values)
+
+    def show(self) -> None:
         if self._progress is not None and self._tokens:
             self._progress(self._tokens, math.fsum(self._sums) / self._tokens)
 

@@ -25,24 +25,29 @@ def render_chat(
     template: str,
     messages: Sequence[Mapping[str, Any]],
     *,
+    tokens: Mapping[str, str] | None = None,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
-    **tokens: str,
 ) -> str:
     """The prompt that a template makes of a conversation.
 
     Args:
         template: Jinja source.
         messages: {"role": ..., "content": ...} each; must be JSON.
+        tokens: {"bos_token": "<s>", ...}, for the template to use.
         add_generation_prompt: end with the start of the assistant's answer.
         tools: function schemas, or None.
-        tokens: bos_token="<s>" and the like, for the template to use.
 
     Raises:
         UserError: the template is not valid, refuses the messages, tries what the sandbox forbids, or goes past
             MAX_SECONDS, MAX_MEMORY_BYTES or MAX_CHARACTERS.
     """
-    context = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "tools": tools, **tokens}
+    context = {
+        **(tokens or {}),
+        "messages": list(messages),
+        "add_generation_prompt": add_generation_prompt,
+        "tools": tools,
+    }
     limits = {"seconds": MAX_SECONDS, "memory": MAX_MEMORY_BYTES, "characters": MAX_CHARACTERS}
     request = json.dumps({"template": template, "context": context, "limits": limits})
     try:

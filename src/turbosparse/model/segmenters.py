@@ -33,18 +33,26 @@ _CHARACTERS_BEFORE_WHOLE_MODEL = 20_000
 class Segmenter(Protocol):
     """Cuts text into token ids. `parse_special`: control tokens written out in the text are taken for themselves."""
 
+    space_prefix: bool
+
+    @property
+    def pipeline(self) -> Pipeline: ...
+
     def encode(self, text: str, parse_special: bool) -> list[int]: ...
 
 
 class ByteLevelBPE:
     """BPE on UTF-8 bytes (GPT-2, Qwen, Llama 3, SmolLM). Sennrich et al. 2016, Radford et al. 2019."""
 
+    space_prefix = False
+
     def __init__(self, vocabulary: Vocabulary, pre_tokenizer: PreTokenizer) -> None:
         self._vocabulary, self._pre_tokenizer = vocabulary, pre_tokenizer
         self._lock = Lock()
 
     @cached_property
-    def _pipeline(self) -> Pipeline:
+    def pipeline(self) -> Pipeline:
+        """The whole tokenizer, without decoder and post-processor."""
         vocabulary = self._vocabulary
         # Merges that build a control token are left out: what a user types must not become one.
         control = {vocabulary.tokens[index] for index in vocabulary.of_type(CONTROL, UNKNOWN)}
@@ -57,7 +65,7 @@ class ByteLevelBPE:
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
         with self._lock:
-            return _encode(self._pipeline, text, parse_special)
+            return _encode(self.pipeline, text, parse_special)
 
 
 class SentencePieceBPE:
@@ -100,7 +108,8 @@ class SentencePieceBPE:
         return pipeline
 
     @cached_property
-    def _whole(self) -> Pipeline:
+    def pipeline(self) -> Pipeline:
+        """The whole tokenizer, without decoder and post-processor."""
         return self._build(self._normal)
 
     def _occurring(self, text: str) -> set[str]:
@@ -117,7 +126,7 @@ class SentencePieceBPE:
         with self._lock:
             self._characters += len(text)
             small = self._characters <= _CHARACTERS_BEFORE_WHOLE_MODEL
-            return _encode(self._build(self._occurring(text)) if small else self._whole, text, parse_special)
+            return _encode(self._build(self._occurring(text)) if small else self.pipeline, text, parse_special)
 
 
 def _pipeline(

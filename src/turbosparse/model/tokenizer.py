@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from turbosparse.errors import UserError
@@ -17,6 +18,7 @@ from turbosparse.model.gguf import GGUFFile
 from turbosparse.model.pretokenizers import PRE_TOKENIZERS
 from turbosparse.model.segmenters import ByteLevelBPE, Segmenter, SentencePieceBPE
 from turbosparse.model.tokenizer_export import tokenizer_metadata
+from turbosparse.model.tokenizer_save import save_pipeline
 from turbosparse.model.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
 
 __all__ = ["TokenStream", "Tokenizer", "tokenizer_metadata"]
@@ -101,8 +103,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of whole ids; bytes that are not UTF-8 become U+FFFD. Control tokens are left out or written out."""
         text = b"".join(self._bytes(index, skip_special) for index in ids).decode("utf-8", "replace")
-        prefixed = isinstance(self._segmenter, SentencePieceBPE) and self._segmenter.space_prefix
-        return text.removeprefix(" ") if prefixed else text
+        return text.removeprefix(" ") if self._segmenter.space_prefix else text
 
     def stream(self, skip_special: bool = True) -> TokenStream:
         """A decoder that is fed token by token."""
@@ -120,11 +121,21 @@ class Tokenizer:
             self.chat_template,
             messages,
             add_generation_prompt=add_generation_prompt,
-            bos_token=self._text(self.bos_id),
-            eos_token=self._text(self.eos_id),
-            pad_token=self._text(self.pad_id),
-            unk_token=self._text(self.unk_id),
+            tokens={f"{name}_token": self._text(index) for name, index in self._named_ids().items()},
         )
+
+    def save_hf(self, folder: str | Path) -> None:
+        """Write it as a Hugging Face tokenizer: tokenizer.json, tokenizer_config.json and the chat template.
+
+        transformers' own reading of GGUF tokenizers differs from the original models (words of digits, scores, EOS), so
+        whoever turns a GGUF file into a folder takes this one.
+        """
+        texts = {f"{name}_token": self._text(index) for name, index in self._named_ids().items() if index is not None}
+        bos = None if self.bos_id is None or not self.add_bos else (self._text(self.bos_id), self.bos_id)
+        save_pipeline(Path(folder), self._segmenter, texts, bos, self.chat_template)
+
+    def _named_ids(self) -> dict[str, int | None]:
+        return {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
 
     def _text(self, index: int | None) -> str:
         return "" if index is None else self._vocabulary.tokens[index]
