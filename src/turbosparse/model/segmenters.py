@@ -114,13 +114,16 @@ class SentencePieceBPE:
 
     def _occurring(self, text: str) -> set[str]:
         """The normal tokens that are somewhere in the text: merging can reach no other."""
-        text = SPACE + text.replace(" ", SPACE)
+        text = text.replace(" ", SPACE)
         longest, normal = self._longest, self._normal
-        return normal.intersection(
+        parts = {
             text[start:end]
             for start in range(len(text))
             for end in range(start + 1, min(start + longest, len(text)) + 1)
-        )
+        }
+        if self.space_prefix:  # a prefix may come before any part, since each added token starts anew
+            parts |= {SPACE + part for part in parts} | {SPACE}
+        return normal & parts
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
         with self._lock:
