@@ -324,6 +324,7 @@ BAD_METADATA = {
     "unknown cuts": ({"pre": "klingon"}, "'klingon'"),
     "no tokens": ({"tokens": None}, "tokens is missing"),
     "tokens of another type": ({"tokens": [1, 2]}, "not an array of str"),
+    "a token without end": ({"tokens": ["a", "b", "ab", "x" * 5000]}, "more than 1024 characters"),
     "too few types": ({"token_type": [1, 1]}, "2 entries for 4 tokens"),
     "unknown type": ({"token_type": [1, 1, 1, 9]}, "type outside"),
     "bad merge": ({"merges": ["ab"]}, "'ab'"),

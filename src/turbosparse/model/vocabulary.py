@@ -15,6 +15,7 @@ from turbosparse.model.gguf import GGUFFile
 
 SPACE = "▁"  # SentencePiece writes a space so
 MAX_TOKENS = 1 << 21
+MAX_TOKEN_CHARACTERS = 1024  # all cuts of a token are looked at, so a long one would cost its square
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
     int(kind)
     for kind in (
@@ -61,6 +62,8 @@ class Vocabulary:
         tokens = list(_list(source, metadata, "tokens", str))
         if not 0 < len(tokens) <= MAX_TOKENS:
             _fail(source, "tokens", f"has {len(tokens)} entries, not 1 to {MAX_TOKENS}")
+        if max(map(len, tokens)) > MAX_TOKEN_CHARACTERS:
+            _fail(source, "tokens", f"has a token of more than {MAX_TOKEN_CHARACTERS} characters")
         count = len(tokens)
         types = _list(source, metadata, "token_type", int, count, default=[NORMAL] * count)
         if not set(types) <= set(range(NORMAL, BYTE + 1)):
