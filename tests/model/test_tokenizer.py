@@ -182,10 +182,11 @@ def test_decoding_gives_the_text_back_also_token_by_token(pair, text):
 @given(text=TEXTS)
 def test_the_whole_sentencepiece_model_gives_what_the_small_one_gives(pair, text):
     ours, _, _ = pair
-    small = ours.encode(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segmenters, "_CHARACTERS_BEFORE_WHOLE_MODEL", -1)
-        assert ours.encode(text) == small
+        patch.setattr(segmenters, "_COST_OF_WHOLE_MODEL", 1 << 62)
+        small = [ours.encode(text, parse_special=special) for special in (False, True)]
+        patch.setattr(segmenters, "_COST_OF_WHOLE_MODEL", -1)
+        assert [ours.encode(text, parse_special=special) for special in (False, True)] == small
 
 
 def test_a_saved_folder_gives_the_same_ids(pair, tmp_path):

@@ -25,9 +25,11 @@ from turbosparse.model.vocabulary import (
     merges_from_scores,
 )
 
-# Up to this many characters in all, a SentencePiece model is built for each text from the tokens that occur in it,
-# which costs about as much as a text of this length; after that the whole model is built once.
-_CHARACTERS_BEFORE_WHOLE_MODEL = 20_000
+# A SentencePiece model is built for each text from the tokens that occur in it, until that has cost about what the
+# whole model costs (some seconds for 262k tokens); from then on the whole one is used. The cost is counted in
+# characters; a text costs its length, and this much for the tokens that take part in every text.
+_COST_OF_WHOLE_MODEL = 20_000
+_COST_OF_SMALL_MODEL = 300
 
 
 class Segmenter(Protocol):
@@ -77,7 +79,7 @@ class SentencePieceBPE:
     def __init__(self, vocabulary: Vocabulary, space_prefix: bool) -> None:
         self._vocabulary, self.space_prefix = vocabulary, space_prefix
         self._lock = Lock()
-        self._characters = 0
+        self._cost = 0
 
     @cached_property
     def _normal(self) -> set[str]:
@@ -127,8 +129,8 @@ class SentencePieceBPE:
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
         with self._lock:
-            self._characters += len(text)
-            small = self._characters <= _CHARACTERS_BEFORE_WHOLE_MODEL
+            self._cost += _COST_OF_SMALL_MODEL + len(text)
+            small = self._cost <= _COST_OF_WHOLE_MODEL
             return _encode(self._build(self._occurring(text)) if small else self.pipeline, text, parse_special)
 
 
