@@ -5,6 +5,7 @@ import os
 import random
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from gguf import GGUFWriter
@@ -359,6 +360,32 @@ def test_a_merge_cannot_smuggle_a_control_token_into_plain_text(tmp_path):
     ours = OurTokenizer.from_gguf(GGUFFile.open(_write_gguf(tmp_path / "a.gguf", metadata)))
     assert ours.encode("ab") == [0, 1]
     assert ours.encode("ab", parse_special=True) == [2]
+
+
+_PIECES = ["a", "b", "ab", "▁", "▁a", "", "<0x0A>", "<0xZZ>", "<e>", "é", "Ġ", " ", "  ", "\x00", "<unk>"]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    model=st.sampled_from(["gpt2", "llama"]),
+    pre=st.sampled_from(sorted(PRE_TOKENIZERS)),
+    tokens=st.lists(
+        st.tuples(st.sampled_from(_PIECES), st.integers(1, 6), st.floats(width=32)), min_size=1, max_size=12
+    ),
+    merges=st.lists(st.tuples(st.sampled_from(_PIECES), st.sampled_from(_PIECES)).map(" ".join), max_size=4),
+)
+def test_any_vocabulary_works_or_is_one_sentence(model, pre, tokens, merges):
+    texts, types, scores = map(list, zip(*tokens, strict=True))
+    named = {"model": model, "pre": pre, "tokens": texts, "token_type": types, "scores": scores, "merges": merges}
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in named.items()}
+    try:
+        ours = OurTokenizer.from_gguf(SimpleNamespace(path="any.gguf", metadata=metadata))
+        for special in (False, True):
+            ids = ours.encode("ab a  é\n<e>\x00<0x0A>▁", parse_special=special)
+            assert all(0 <= index < len(texts) for index in ids)
+            assert isinstance(ours.decode(ids), str)
+    except UserError as error:
+        assert "any.gguf" in str(error)
 
 
 # --- the real models -------------------------------------------------------------------------------------------------

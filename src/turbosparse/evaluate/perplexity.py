@@ -225,4 +225,5 @@ class _HFTokenizer:
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         # Without `split_special_tokens` a text that quotes "<eos>" would hold a control token.
-        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        # Not verbose: a document may be longer than a context, since windows are cut from it.
+        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False))

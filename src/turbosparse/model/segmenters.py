@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from threading import Lock
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from tokenizers import AddedToken, models, normalizers
 from tokenizers import Tokenizer as Pipeline
@@ -59,7 +59,10 @@ class ByteLevelBPE:
         # Merges that build a control token are left out: what a user types must not become one.
         control = {vocabulary.tokens[index] for index in vocabulary.of_type(CONTROL, UNKNOWN)}
         merges = [merge for merge in vocabulary.merges if merge[0] + merge[1] not in control]
-        pipeline = _pipeline(vocabulary, vocabulary.ids, merges, ignore_merges=self._pre_tokenizer.ignore_merges)
+        ids = vocabulary.ids
+        if not all(left in ids and right in ids and left + right in ids for left, right in merges):
+            _fail(vocabulary)  # the library would panic at some of these
+        pipeline = _pipeline(vocabulary, ids, merges, ignore_merges=self._pre_tokenizer.ignore_merges)
         pipeline.pre_tokenizer = self._pre_tokenizer.build()
         if (normalizer := self._pre_tokenizer.normalizer()) is not None:
             pipeline.normalizer = normalizer
@@ -139,8 +142,8 @@ def _pipeline(
 ) -> Pipeline:
     try:
         pipeline = Pipeline(models.BPE(vocab=ids, merges=merges, **options))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{vocabulary.source} has no usable tokenizer: its merges do not fit its tokens.") from error
+    except Exception:  # the library raises nothing narrower
+        _fail(vocabulary)
     texts = vocabulary.tokens
     # An empty added token would match everywhere.
     control = [texts[index] for index in vocabulary.of_type(CONTROL, UNKNOWN) if texts[index]]
@@ -148,6 +151,10 @@ def _pipeline(
     own = [texts[index] for index in vocabulary.of_type(USER_DEFINED) if texts[index]]
     pipeline.add_tokens([AddedToken(text, special=False, normalized=False) for text in own])
     return pipeline
+
+
+def _fail(vocabulary: Vocabulary) -> NoReturn:
+    raise UserError(f"{vocabulary.source} has no usable tokenizer: its merges do not fit its tokens.")
 
 
 def _encode(pipeline: Pipeline, text: str, parse_special: bool) -> list[int]:
