@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+// Large, zeroed, lazily backed memory in huge pages where the system has them.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <vector>
+
+namespace turbosparse {
+
+// One mapping. Pages are zero and take physical memory only when first written.
+class Mapping {
+ public:
+  Mapping() = default;
+  explicit Mapping(size_t bytes);  // throws std::bad_alloc
+  ~Mapping();
+  Mapping(Mapping&& other) noexcept;
+  Mapping& operator=(Mapping&& other) noexcept;
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
+
+  std::byte* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Hands out pieces of mappings, aligned to 64 bytes; all are freed together.
+class Arena {
+ public:
+  std::byte* take(size_t bytes);
+  size_t used() const { return used_; }
+
+ private:
+  std::vector<Mapping> mappings_;
+  size_t offset_ = 0;  // in the last mapping
+  size_t used_ = 0;
+};
+
+}  // namespace turbosparse

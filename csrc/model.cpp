@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <stdexcept>
+
+namespace turbosparse {
+namespace {
+
+constexpr int64_t kMaxNeuronBlocks = 16;
+
+// Bytes of a row in ggml's own layout.
+int64_t source_row_bytes(WeightType type, int64_t cols) {
+  switch (type) {
+    case WeightType::f32: return cols * 4;
+    case WeightType::f16:
+    case WeightType::bf16: return cols * 2;
+    case WeightType::q8_0: return cols / kBlock * 34;
+    case WeightType::q4_0: return cols / kBlock * 18;
+  }
+  return 0;
+}
+
+bool has_blocks(WeightType type) { return type == WeightType::q8_0 || type == WeightType::q4_0; }
+
+// "blk.<layer>.<part>" to (layer, part); layer -1 for names outside of blocks.
+std::pair<int64_t, std::string> split(const std::string& name) {
+  long long layer = 0;
+  int used = 0;
+  if (std::sscanf(name.c_str(), "blk.%lld.%n", &layer, &used) == 1 && used > 0) return {layer, name.substr(used)};
+  return {-1, name};
+}
+
+std::vector<double> frequencies_of(double theta, double scale, int64_t head_dim, const std::vector<float>& factors) {
+  std::vector<double> frequencies(head_dim / 2);
+  for (int64_t i = 0; i < head_dim / 2; ++i) {
+    frequencies[i] = std::pow(theta, -2.0 * i / head_dim) / scale;
+    if (!factors.empty()) frequencies[i] /= factors[i];
+  }
+  return frequencies;
+}
+
+[[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
+
+}  // namespace
+
+Model::Model(Config config, const Kernels* kernels, bool exact_fp32, int threads)
+    : config_(std::move(config)), kernels_(kernels), exact_fp32_(exact_fp32), team_(threads), layers_(config_.layers) {
+  const int64_t per_block = (config_.ffn + kMaxNeuronBlocks - 1) / kMaxNeuronBlocks;
+  neuron_block_ = (per_block + kBlock - 1) / kBlock * kBlock;
+}
+
+Matrix* Model::matrix_slot(const std::string& name, int64_t rows, int64_t cols) {
+  const Config& c = config_;
+  struct Entry {
+    Matrix* slot;
+    int64_t rows, cols;
+  };
+  std::map<std::string, Entry> entries;
+  const auto [layer, part] = split(name);
+  if (layer < 0) {
+    entries = {{"token_embd.weight", {&embedding_, c.vocab, c.hidden}}, {"output.weight", {&head_, c.vocab, c.hidden}}};
+  } else if (layer < c.layers) {
+    Layer& l = layers_[layer];
+    entries = {{"attn_q.weight", {&l.q, c.q_size(), c.hidden}},      {"attn_k.weight", {&l.k, c.kv_size(), c.hidden}},
+               {"attn_v.weight", {&l.v, c.kv_size(), c.hidden}},     {"attn_output.weight", {&l.o, c.hidden, c.q_size()}},
+               {"ffn_gate.weight", {&l.gate, c.ffn, c.hidden}},      {"ffn_up.weight", {&l.up, c.ffn, c.hidden}}};
+    if (c.sparse()) {
+      entries["ffn_down_t.weight"] = {&l.down, c.ffn, c.hidden};
+    } else {
+      entries["ffn_down.weight"] = {&l.down, c.hidden, c.ffn};
+    }
+  }
+  const auto found = entries.find(part);
+  if (found == entries.end()) fail("unknown matrix " + name);
+  if (found->second.rows != rows || found->second.cols != cols) fail("wrong shape of " + name);
+  return found->second.slot;
+}
+
+void Model::set_matrix(const std::string& name, WeightType type, int64_t rows, int64_t cols, const std::byte* source,
+                       size_t bytes) {
+  Matrix* slot = matrix_slot(name, rows, cols);
+  if (has_blocks(type) && cols % kBlock != 0) fail("columns of " + name + " are not whole blocks");
+  const int64_t row_bytes = source_row_bytes(type, cols);
+  if (row_bytes <= 0 || bytes != static_cast<size_t>(row_bytes) * rows) fail("wrong number of bytes of " + name);
+  std::byte* storage = arena_.take(kernels_->packed_bytes(type, rows, cols));
+  *slot = kernels_->layout(type, rows, cols, storage);
+  team_.run([&](Member& member) {
+    const auto [first, last] = member.part(rows, 64);
+    if (first < last) kernels_->pack(*slot, storage, first, last, source + first * row_bytes);
+  });
+}
+
+void Model::set_vector(const std::string& name, const float* values, int64_t size) {
+  const Config& c = config_;
+  const auto [layer, part] = split(name);
+  if (name == "rope_freqs.weight") {
+    if (size != c.head_dim / 2) fail("wrong shape of " + name);
+    rope_factors_.assign(values, values + size);
+    return;
+  }
+  struct Entry {
+    const float** slot;
+    int64_t size;
+  };
+  std::map<std::string, Entry> entries;
+  if (layer < 0) {
+    entries = {{"output_norm.weight", {&output_norm_, c.hidden}}};
+  } else if (layer < c.layers) {
+    Layer& l = layers_[layer];
+    entries = {{"attn_norm.weight", {&l.attention_norm, c.hidden}},
+               {"ffn_norm.weight", {&l.ffn_norm, c.hidden}},
+               {"post_attention_norm.weight", {&l.post_attention_norm, c.hidden}},
+               {"post_ffw_norm.weight", {&l.post_ffn_norm, c.hidden}},
+               {"attn_q_norm.weight", {&l.q_norm, c.head_dim}},
+               {"attn_k_norm.weight", {&l.k_norm, c.head_dim}},
+               {"attn_q.bias", {&l.q_bias, c.q_size()}},
+               {"attn_k.bias", {&l.k_bias, c.kv_size()}},
+               {"attn_v.bias", {&l.v_bias, c.kv_size()}}};
+  }
+  const auto found = entries.find(part);
+  if (found == entries.end()) fail("unknown vector " + name);
+  if (found->second.size != size) fail("wrong shape of " + name);
+  float* copy = reinterpret_cast<float*>(arena_.take(size * sizeof(float)));
+  std::memcpy(copy, values, size * sizeof(float));
+  *found->second.slot = copy;
+}
+
+void Model::finish() {
+  if (!embedding_.rows || !output_norm_) fail("the embedding or the output norm is missing");
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    Layer& l = layers_[i];
+    const bool matrices = l.q.rows && l.k.rows && l.v.rows && l.o.rows && l.gate.rows && l.up.rows && l.down.rows;
+    if (!matrices || !l.attention_norm || !l.ffn_norm) fail("a tensor of layer " + std::to_string(i) + " is missing");
+    l.sliding = config_.sliding_window > 0 && i < config_.sliding_layers.size() && config_.sliding_layers[i];
+  }
+  const Config& c = config_;
+  frequencies_ = frequencies_of(c.rope_theta, c.rope_scale, c.head_dim, rope_factors_);
+  // A family with a base of its own for sliding layers scales positions in the others only (Gemma 3).
+  local_frequencies_ = c.rope_theta_local > 0 ? frequencies_of(c.rope_theta_local, 1.0, c.head_dim, {}) : frequencies_;
+}
+
+}  // namespace turbosparse

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// The weights of a model, packed for one instruction set, and the sizes that say how to use them.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "memory.h"
+#include "team.h"
+
+namespace turbosparse {
+
+enum class Activation { drelu, reglu, swiglu, geglu };
+
+// Mirrors turbosparse.model.config.ModelConfig; see there for what each field means.
+struct Config {
+  int64_t layers = 0, hidden = 0, ffn = 0, heads = 0, kv_heads = 0, head_dim = 0, vocab = 0;
+  float norm_eps = 0, attention_scale = 1, embedding_scale = 1, attention_softcap = 0, logit_softcap = 0;  // 0: none
+  double rope_theta = 10000, rope_theta_local = 0, rope_scale = 1;  // theta_local 0: the same as theta
+  bool rope_interleaved = false;
+  int64_t sliding_window = 0;  // 0: none
+  std::vector<bool> sliding_layers;
+  Activation activation = Activation::swiglu;
+
+  bool sparse() const { return activation == Activation::drelu || activation == Activation::reglu; }
+  int64_t q_size() const { return heads * head_dim; }
+  int64_t kv_size() const { return kv_heads * head_dim; }
+};
+
+struct Layer {
+  Matrix q, k, v, o, gate, up, down;  // down is [ffn, hidden] (neuron by neuron) in a sparse model, else [hidden, ffn]
+  const float* attention_norm = nullptr;
+  const float* ffn_norm = nullptr;
+  // Null where the family has none.
+  const float* post_attention_norm = nullptr;
+  const float* post_ffn_norm = nullptr;
+  const float* q_norm = nullptr;
+  const float* k_norm = nullptr;
+  const float* q_bias = nullptr;
+  const float* k_bias = nullptr;
+  const float* v_bias = nullptr;
+  bool sliding = false;
+};
+
+class Model {
+ public:
+  // `exact_fp32`: activations stay in fp32 and quantised weights are dequantised exactly.
+  Model(Config config, const Kernels* kernels, bool exact_fp32, int threads);
+
+  // Take a tensor of the GGUF file under its name there. Throws std::invalid_argument on an unknown name, a wrong shape or
+  // a wrong number of bytes.
+  void set_matrix(const std::string& name, WeightType type, int64_t rows, int64_t cols, const std::byte* source,
+                  size_t bytes);
+  void set_vector(const std::string& name, const float* values, int64_t size);
+
+  // Check that nothing is missing, and make the tables. Throws std::invalid_argument.
+  void finish();
+
+  const Config& config() const { return config_; }
+  const Kernels& kernels() const { return *kernels_; }
+  bool exact_fp32() const { return exact_fp32_; }
+  Team& team() { return team_; }
+  std::mutex& busy() { return busy_; }
+  const std::vector<Layer>& layers() const { return layers_; }
+  const Matrix& embedding() const { return embedding_; }
+  const Matrix& head() const { return head_.rows ? head_ : embedding_; }
+  const float* output_norm() const { return output_norm_; }
+  size_t weight_bytes() const { return arena_.used(); }
+
+  // Radians a position turns pair i of a head by, [head_dim / 2], for layers that slide and for those that do not.
+  const std::vector<double>& frequencies(bool sliding) const { return sliding ? local_frequencies_ : frequencies_; }
+
+  // Neurons of a sparse FFN are summed in fixed blocks: few, so that partial sums stay small, and independent of threads.
+  int64_t neuron_block() const { return neuron_block_; }
+  int64_t neuron_blocks() const { return (config_.ffn + neuron_block_ - 1) / neuron_block_; }
+
+ private:
+  Matrix* matrix_slot(const std::string& name, int64_t rows, int64_t cols);
+
+  Config config_;
+  const Kernels* kernels_;
+  bool exact_fp32_;
+  Team team_;
+  std::mutex busy_;
+  Arena arena_;
+  Matrix embedding_, head_;
+  const float* output_norm_ = nullptr;
+  std::vector<float> rope_factors_;
+  std::vector<Layer> layers_;
+  std::vector<double> frequencies_, local_frequencies_;
+  int64_t neuron_block_;
+};
+
+}  // namespace turbosparse

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// What Python sees of the engine. It hands over whole tensors and gets whole logits; no row ever crosses this line.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "bandwidth.h"
+#include "model.h"
+#include "sampler.h"
+#include "session.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+void bind_kernels(nb::module_& m);  // bind_kernels.cpp
+
+namespace turbosparse {
+namespace {
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Output = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Tokens = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Counters = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+std::vector<std::string> isas() {
+  int count = 0;
+  const Kernels* const* tables = available_kernels(&count);
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) names.emplace_back(tables[i]->isa);
+  return names;
+}
+
+// The table of that name; the best one for "".
+const Kernels* kernels_named(const std::string& isa) {
+  int count = 0;
+  const Kernels* const* tables = available_kernels(&count);
+  for (int i = 0; i < count; ++i) {
+    if (isa.empty() || isa == tables[i]->isa) return tables[i];
+  }
+  throw std::invalid_argument("this machine has no instruction set " + isa);
+}
+
+Activation activation_named(const std::string& name) {
+  if (name == "drelu") return Activation::drelu;
+  if (name == "reglu") return Activation::reglu;
+  if (name == "swiglu") return Activation::swiglu;
+  if (name == "geglu") return Activation::geglu;
+  throw std::invalid_argument("unknown activation " + name);
+}
+
+// A ModelConfig of Python; None becomes 0.
+Config config_from(nb::handle source) {
+  const auto number = [&](const char* name) {
+    const nb::object value = source.attr(name);
+    return value.is_none() ? 0.0 : nb::cast<double>(value);
+  };
+  const auto count = [&](const char* name) {
+    const nb::object value = source.attr(name);
+    return value.is_none() ? int64_t{0} : nb::cast<int64_t>(value);
+  };
+  Config c;
+  c.layers = count("n_layers");
+  c.hidden = count("hidden_size");
+  c.ffn = count("ffn_size");
+  c.heads = count("n_heads");
+  c.kv_heads = count("n_kv_heads");
+  c.head_dim = count("head_dim");
+  c.vocab = count("vocab_size");
+  c.norm_eps = static_cast<float>(number("norm_eps"));
+  c.attention_scale = static_cast<float>(number("attention_scale"));
+  c.embedding_scale = static_cast<float>(number("embedding_scale"));
+  c.attention_softcap = static_cast<float>(number("attention_softcap"));
+  c.logit_softcap = static_cast<float>(number("logit_softcap"));
+  c.rope_theta = number("rope_theta");
+  c.rope_theta_local = number("rope_theta_local");
+  c.rope_scale = number("rope_scale");
+  c.rope_interleaved = nb::cast<bool>(source.attr("rope_interleaved"));
+  c.sliding_window = count("sliding_window");
+  for (const nb::handle layer : source.attr("sliding_layers")) c.sliding_layers.push_back(nb::cast<bool>(layer));
+  c.activation = activation_named(nb::cast<std::string>(source.attr("activation")));
+  if (c.layers < 1 || c.hidden < 1 || c.ffn < 1 || c.vocab < 1 || c.heads < 1 || c.kv_heads < 1 || c.head_dim < 2 ||
+      c.heads % c.kv_heads != 0 || c.head_dim % 2 != 0 || c.rope_scale <= 0) {
+    throw std::invalid_argument("impossible sizes");
+  }
+  return c;
+}
+
+WeightType weight_type(int type) {
+  for (const WeightType known :
+       {WeightType::f32, WeightType::f16, WeightType::bf16, WeightType::q8_0, WeightType::q4_0}) {
+    if (static_cast<int>(known) == type) return known;
+  }
+  throw std::invalid_argument("no kernels for ggml type " + std::to_string(type));
+}
+
+void forward(Session& session, Model& model, Tokens tokens, const std::string& mode, bool all_logits, Output logits) {
+  const int64_t rows = all_logits ? static_cast<int64_t>(tokens.size()) : 1;
+  if (static_cast<int64_t>(logits.size()) != rows * model.config().vocab) throw std::invalid_argument("wrong output size");
+  if (mode != "dense" && mode != "exact") throw std::invalid_argument("unknown mode " + mode);
+  const nb::gil_scoped_release unlocked;
+  session.forward(tokens.data(), static_cast<int64_t>(tokens.size()), mode == "exact" ? Mode::exact : Mode::dense,
+                  all_logits, logits.data());
+}
+
+int64_t read_counts(Session& session, Counters gate, Counters up, Counters h, bool reset) {
+  Counts* counts = session.counts();
+  if (!counts) throw std::invalid_argument("counting is off");
+  const auto copy = [](const std::vector<int64_t>& from, Counters& to) {
+    if (to.size() != from.size()) throw std::invalid_argument("wrong output size");
+    std::copy(from.begin(), from.end(), to.data());
+  };
+  copy(counts->gate, gate);
+  copy(counts->up, up);
+  copy(counts->h, h);
+  const int64_t tokens = counts->tokens;
+  if (reset) session.count(true);
+  return tokens;
+}
+
+nb::tuple read_traffic(Session& session, bool reset) {
+  const Traffic t = session.traffic();
+  if (reset) session.traffic() = Traffic{};
+  return nb::make_tuple(t.tokens, t.bytes, t.active_neurons, t.open_gates);
+}
+
+int32_t sample_from(Floats logits, const SamplingParams& params, const std::vector<int32_t>& history, uint64_t position) {
+  const auto vocab = static_cast<int64_t>(logits.size());
+  if (vocab == 0) throw std::invalid_argument("no logits");
+  for (const int32_t id : history) {
+    if (id < 0 || id >= vocab) throw std::invalid_argument("token id outside of the vocabulary");
+  }
+  return sample(logits.data(), vocab, params, history, position);
+}
+
+}  // namespace
+}  // namespace turbosparse
+
+NB_MODULE(_native, m) {
+  using namespace turbosparse;
+  m.doc() = "The native CPU engine of TurboSparse.";
+  m.def("isas", &isas);
+  m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "passes"_a = 5, nb::call_guard<nb::gil_scoped_release>());
+  m.def("uniform", &uniform, "seed"_a, "position"_a);
+
+  nb::class_<Model>(m, "Model")
+      .def("__init__",
+           [](Model* self, nb::object config, const std::string& isa, bool exact_fp32, int threads) {
+             if (threads < 1) throw std::invalid_argument("threads must be at least 1");
+             new (self) Model(config_from(config), kernels_named(isa), exact_fp32, threads);
+           },
+           "config"_a, "isa"_a, "exact_fp32"_a, "threads"_a)
+      .def("set_matrix",
+           [](Model& self, const std::string& name, int type, int64_t rows, int64_t cols, Bytes data) {
+             const nb::gil_scoped_release unlocked;
+             self.set_matrix(name, weight_type(type), rows, cols, reinterpret_cast<const std::byte*>(data.data()),
+                             data.size());
+           },
+           "name"_a, "type"_a, "rows"_a, "cols"_a, "data"_a)
+      .def("set_vector",
+           [](Model& self, const std::string& name, Floats values) {
+             self.set_vector(name, values.data(), static_cast<int64_t>(values.size()));
+           },
+           "name"_a, "values"_a)
+      .def("finish", &Model::finish)
+      .def_prop_ro("isa", [](Model& self) { return std::string(self.kernels().isa); })
+      .def_prop_ro("weight_bytes", &Model::weight_bytes);
+
+  nb::class_<Session>(m, "Session")
+      .def("__init__",
+           [](Session* self, std::shared_ptr<Model> model, int64_t context) { new (self) Session(model, context); },
+           "model"_a, "context"_a)
+      .def("forward",
+           [](Session& self, std::shared_ptr<Model> model, Tokens tokens, const std::string& mode, bool all_logits,
+              Output logits) { forward(self, *model, tokens, mode, all_logits, logits); },
+           "model"_a, "tokens"_a, "mode"_a, "all_logits"_a, "logits"_a)
+      .def("reset", &Session::reset)
+      .def("count", &Session::count, "on"_a)
+      .def("read_counts", &read_counts, "gate"_a, "up"_a, "h"_a, "reset"_a)
+      .def("read_traffic", &read_traffic, "reset"_a)
+      .def_prop_ro("position", &Session::position)
+      .def_prop_ro("context", &Session::context);
+
+  m.def("sample",
+        [](Floats logits, std::vector<int32_t> history, uint64_t position, float temperature, int32_t top_k, float top_p,
+           float min_p, float repetition_penalty, uint64_t seed) {
+          const SamplingParams params{temperature, top_k, top_p, min_p, repetition_penalty, seed};
+          return sample_from(logits, params, history, position);
+        },
+        "logits"_a, "history"_a, "position"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a,
+        "seed"_a);
+  bind_kernels(m);
+}

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// One sequence being read or written: its KV cache, its position and the forward pass.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "memory.h"
+#include "model.h"
+
+namespace turbosparse {
+
+enum class Mode { dense, exact };
+
+// How many tokens of a prompt go through the layers together.
+inline constexpr int64_t kPrefillBlock = 64;
+
+// What decoding cost, summed over tokens.
+struct Traffic {
+  int64_t tokens = 0;
+  int64_t bytes = 0;           // of weights read
+  int64_t active_neurons = 0;  // with h != 0, over all layers
+  int64_t open_gates = 0;      // gate > 0
+};
+
+// How often every neuron fired, [layers * ffn] each. `up` counts where up was computed: everywhere in dense mode.
+struct Counts {
+  int64_t tokens = 0;
+  std::vector<int64_t> gate, up, h;
+};
+
+class Session {
+ public:
+  Session(std::shared_ptr<Model> model, int64_t context);
+
+  // Run `n` tokens from the current position on. logits: [n, vocab] if all_logits, else [vocab] after the last token.
+  // Throws std::invalid_argument on a bad token id or when the context is full.
+  void forward(const int32_t* tokens, int64_t n, Mode mode, bool all_logits, float* logits);
+
+  int64_t position() const { return position_; }
+  int64_t context() const { return context_; }
+  void reset() { position_ = 0; }
+
+  Traffic& traffic() { return traffic_; }
+  Counts* counts() { return counts_.get(); }
+  void count(bool on);
+
+ private:
+  // One set of inputs for matrix products, in fp32 and as int8 blocks.
+  struct Prepared {
+    std::vector<float> x, scale;
+    std::vector<int8_t> q;
+    std::vector<int32_t> sum;
+    void resize(int64_t n, int64_t cols);
+  };
+  // What a member needs for itself.
+  struct Scratch {
+    Prepared input;
+    std::vector<float> scores, gate, up, coefficient;
+    std::vector<int32_t> open, active;
+    Traffic traffic;
+  };
+  struct Pass;  // the arguments of one forward pass, shared by the members
+
+  void block(const Pass& pass);
+  void run(Member& member, const Pass& pass);
+  void embed(Member& member, const Pass& pass);
+  void attention(Member& member, const Pass& pass, int64_t index);
+  void rotate(float* head, const float* cosine, const float* sine) const;
+  void store_keys_and_values(Member& member, const Pass& pass, int64_t index);
+  void attend(Member& member, int64_t index, int64_t token, int64_t head);
+  void dense_ffn(Member& member, const Pass& pass, int64_t index);
+  void sparse_ffn(Member& member, const Pass& pass, int64_t index);
+  void neuron_block(Scratch& scratch, const Pass& pass, int64_t index, int64_t block, const Vectors& x);
+  void reduce_blocks(Member& member, const Pass& pass);
+  void head(Member& member, const Pass& pass);
+
+  // Norm the residual stream and prepare it for products; every member gets all n vectors.
+  Vectors normed(Member& member, int64_t n, const float* weight);
+  Vectors prepare(Member& member, int64_t n, int64_t cols, const float* source, int64_t stride, const float* norm);
+  void add_to_residual(Member& member, const Pass& pass, const Matrix& w, const Vectors& x, const float* post_norm);
+  void multiply(Member& member, const Matrix& w, const Vectors& x, float* out, int64_t stride, Scratch& scratch);
+  void norm_into_residual(Member& member, int64_t n, const float* post_norm);
+
+  std::byte* key(int64_t layer, int64_t kv_head, int64_t position) const;
+  std::byte* value(int64_t layer, int64_t kv_head, int64_t position) const;
+
+  std::shared_ptr<Model> model_;
+  const Config& config_;
+  const Kernels& kernels_;
+  int64_t context_, position_ = 0;
+  int64_t element_bytes_;  // of the cache: 4 (fp32) or 2 (fp16)
+  Mapping keys_, values_;
+  std::vector<float> residual_, update_, qkv_, attended_, hidden_, partial_;
+  std::vector<float> cosine_, sine_, cosine_local_, sine_local_;
+  Prepared shared_;
+  std::vector<Scratch> scratch_;
+  std::atomic<int64_t> next_block_{0};
+  Traffic traffic_;
+  std::unique_ptr<Counts> counts_;
+};
+
+}  // namespace turbosparse
