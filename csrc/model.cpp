@@ -15,11 +15,15 @@ constexpr int64_t kMaxNeuronBlocks = 16;
 // Bytes of a row in ggml's own layout.
 int64_t source_row_bytes(WeightType type, int64_t cols) {
   switch (type) {
-    case WeightType::f32: return cols * 4;
+    case WeightType::f32:
+      return cols * 4;
     case WeightType::f16:
-    case WeightType::bf16: return cols * 2;
-    case WeightType::q8_0: return cols / kBlock * 34;
-    case WeightType::q4_0: return cols / kBlock * 18;
+    case WeightType::bf16:
+      return cols * 2;
+    case WeightType::q8_0:
+      return cols / kBlock * 34;
+    case WeightType::q4_0:
+      return cols / kBlock * 18;
   }
   return 0;
 }
@@ -65,9 +69,9 @@ Matrix* Model::matrix_slot(const std::string& name, int64_t rows, int64_t cols) 
     entries = {{"token_embd.weight", {&embedding_, c.vocab, c.hidden}}, {"output.weight", {&head_, c.vocab, c.hidden}}};
   } else if (layer < c.layers) {
     Layer& l = layers_[layer];
-    entries = {{"attn_q.weight", {&l.q, c.q_size(), c.hidden}},      {"attn_k.weight", {&l.k, c.kv_size(), c.hidden}},
-               {"attn_v.weight", {&l.v, c.kv_size(), c.hidden}},     {"attn_output.weight", {&l.o, c.hidden, c.q_size()}},
-               {"ffn_gate.weight", {&l.gate, c.ffn, c.hidden}},      {"ffn_up.weight", {&l.up, c.ffn, c.hidden}}};
+    entries = {{"attn_q.weight", {&l.q, c.q_size(), c.hidden}},  {"attn_k.weight", {&l.k, c.kv_size(), c.hidden}},
+               {"attn_v.weight", {&l.v, c.kv_size(), c.hidden}}, {"attn_output.weight", {&l.o, c.hidden, c.q_size()}},
+               {"ffn_gate.weight", {&l.gate, c.ffn, c.hidden}},  {"ffn_up.weight", {&l.up, c.ffn, c.hidden}}};
     if (c.sparse()) {
       entries["ffn_down_t.weight"] = {&l.down, c.ffn, c.hidden};
     } else {
@@ -127,6 +131,12 @@ void Model::set_vector(const std::string& name, const float* values, int64_t siz
   float* copy = reinterpret_cast<float*>(arena_.take(size * sizeof(float)));
   std::memcpy(copy, values, size * sizeof(float));
   *found->second.slot = copy;
+}
+
+void Model::count(bool on) {
+  counts_.reset(on ? new Counts : nullptr);
+  if (!on) return;
+  for (auto* counts : {&counts_->gate, &counts_->up, &counts_->h}) counts->resize(config_.layers * config_.ffn);
 }
 
 void Model::finish() {

@@ -4,10 +4,12 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
+#include "counters.h"
 #include "kernels/kernels.h"
 #include "memory.h"
 #include "team.h"
@@ -51,8 +53,8 @@ class Model {
   // `exact_fp32`: activations stay in fp32 and quantised weights are dequantised exactly.
   Model(Config config, const Kernels* kernels, bool exact_fp32, int threads);
 
-  // Take a tensor of the GGUF file under its name there. Throws std::invalid_argument on an unknown name, a wrong shape or
-  // a wrong number of bytes.
+  // Take a tensor of the GGUF file under its name there. Throws std::invalid_argument on an unknown name, a wrong shape
+  // or a wrong number of bytes.
   void set_matrix(const std::string& name, WeightType type, int64_t rows, int64_t cols, const std::byte* source,
                   size_t bytes);
   void set_vector(const std::string& name, const float* values, int64_t size);
@@ -64,7 +66,10 @@ class Model {
   const Kernels& kernels() const { return *kernels_; }
   bool exact_fp32() const { return exact_fp32_; }
   Team& team() { return team_; }
-  std::mutex& busy() { return busy_; }
+  std::mutex& busy() { return busy_; }  // held by the session that runs, and by whoever reads the counters
+  Traffic& traffic() { return traffic_; }
+  Counts* counts() { return counts_.get(); }  // null while counting is off
+  void count(bool on);
   const std::vector<Layer>& layers() const { return layers_; }
   const Matrix& embedding() const { return embedding_; }
   const Matrix& head() const { return head_.rows ? head_ : embedding_; }
@@ -74,7 +79,8 @@ class Model {
   // Radians a position turns pair i of a head by, [head_dim / 2], for layers that slide and for those that do not.
   const std::vector<double>& frequencies(bool sliding) const { return sliding ? local_frequencies_ : frequencies_; }
 
-  // Neurons of a sparse FFN are summed in fixed blocks: few, so that partial sums stay small, and independent of threads.
+  // Neurons of a sparse FFN are summed in fixed blocks: few, so that partial sums stay small, and independent of
+  // threads.
   int64_t neuron_block() const { return neuron_block_; }
   int64_t neuron_blocks() const { return (config_.ffn + neuron_block_ - 1) / neuron_block_; }
 
@@ -86,6 +92,8 @@ class Model {
   bool exact_fp32_;
   Team team_;
   std::mutex busy_;
+  Traffic traffic_;
+  std::unique_ptr<Counts> counts_;
   Arena arena_;
   Matrix embedding_, head_;
   const float* output_norm_ = nullptr;

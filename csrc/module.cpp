@@ -99,17 +99,19 @@ WeightType weight_type(int type) {
   throw std::invalid_argument("no kernels for ggml type " + std::to_string(type));
 }
 
-void forward(Session& session, Model& model, Tokens tokens, const std::string& mode, bool all_logits, Output logits) {
+void forward(Session& session, Tokens tokens, const std::string& mode, bool all_logits, bool decode, Output logits) {
   const int64_t rows = all_logits ? static_cast<int64_t>(tokens.size()) : 1;
-  if (static_cast<int64_t>(logits.size()) != rows * model.config().vocab) throw std::invalid_argument("wrong output size");
+  if (static_cast<int64_t>(logits.size()) != rows * session.vocab()) throw std::invalid_argument("wrong output size");
   if (mode != "dense" && mode != "exact") throw std::invalid_argument("unknown mode " + mode);
   const nb::gil_scoped_release unlocked;
   session.forward(tokens.data(), static_cast<int64_t>(tokens.size()), mode == "exact" ? Mode::exact : Mode::dense,
-                  all_logits, logits.data());
+                  all_logits, decode, logits.data());
 }
 
-int64_t read_counts(Session& session, Counters gate, Counters up, Counters h, bool reset) {
-  Counts* counts = session.counts();
+int64_t read_counts(Model& model, Counters gate, Counters up, Counters h, bool reset) {
+  const nb::gil_scoped_release unlocked;
+  const std::lock_guard<std::mutex> lock(model.busy());
+  const Counts* counts = model.counts();
   if (!counts) throw std::invalid_argument("counting is off");
   const auto copy = [](const std::vector<int64_t>& from, Counters& to) {
     if (to.size() != from.size()) throw std::invalid_argument("wrong output size");
@@ -119,17 +121,23 @@ int64_t read_counts(Session& session, Counters gate, Counters up, Counters h, bo
   copy(counts->up, up);
   copy(counts->h, h);
   const int64_t tokens = counts->tokens;
-  if (reset) session.count(true);
+  if (reset) model.count(true);
   return tokens;
 }
 
-nb::tuple read_traffic(Session& session, bool reset) {
-  const Traffic t = session.traffic();
-  if (reset) session.traffic() = Traffic{};
+nb::tuple read_traffic(Model& model, bool reset) {
+  Traffic t;
+  {
+    const nb::gil_scoped_release unlocked;
+    const std::lock_guard<std::mutex> lock(model.busy());
+    t = model.traffic();
+    if (reset) model.traffic() = Traffic{};
+  }
   return nb::make_tuple(t.tokens, t.bytes, t.active_neurons, t.open_gates);
 }
 
-int32_t sample_from(Floats logits, const SamplingParams& params, const std::vector<int32_t>& history, uint64_t position) {
+int32_t sample_from(Floats logits, const SamplingParams& params, const std::vector<int32_t>& history,
+                    uint64_t position) {
   const auto vocab = static_cast<int64_t>(logits.size());
   if (vocab == 0) throw std::invalid_argument("no logits");
   for (const int32_t id : history) {
@@ -144,55 +152,66 @@ int32_t sample_from(Floats logits, const SamplingParams& params, const std::vect
 NB_MODULE(_native, m) {
   using namespace turbosparse;
   m.doc() = "The native CPU engine of TurboSparse.";
+  m.attr("PREFILL_BLOCK") = kPrefillBlock;
   m.def("isas", &isas);
-  m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "passes"_a = 5, nb::call_guard<nb::gil_scoped_release>());
+  m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "passes"_a = 5,
+        nb::call_guard<nb::gil_scoped_release>());
   m.def("uniform", &uniform, "seed"_a, "position"_a);
 
   nb::class_<Model>(m, "Model")
-      .def("__init__",
-           [](Model* self, nb::object config, const std::string& isa, bool exact_fp32, int threads) {
-             if (threads < 1) throw std::invalid_argument("threads must be at least 1");
-             new (self) Model(config_from(config), kernels_named(isa), exact_fp32, threads);
-           },
-           "config"_a, "isa"_a, "exact_fp32"_a, "threads"_a)
-      .def("set_matrix",
-           [](Model& self, const std::string& name, int type, int64_t rows, int64_t cols, Bytes data) {
-             const nb::gil_scoped_release unlocked;
-             self.set_matrix(name, weight_type(type), rows, cols, reinterpret_cast<const std::byte*>(data.data()),
-                             data.size());
-           },
-           "name"_a, "type"_a, "rows"_a, "cols"_a, "data"_a)
-      .def("set_vector",
-           [](Model& self, const std::string& name, Floats values) {
-             self.set_vector(name, values.data(), static_cast<int64_t>(values.size()));
-           },
-           "name"_a, "values"_a)
+      .def(
+          "__init__",
+          [](Model* self, nb::object config, const std::string& isa, bool exact_fp32, int threads) {
+            if (threads < 1) throw std::invalid_argument("threads must be at least 1");
+            new (self) Model(config_from(config), kernels_named(isa), exact_fp32, threads);
+          },
+          "config"_a, "isa"_a, "exact_fp32"_a, "threads"_a)
+      .def(
+          "set_matrix",
+          [](Model& self, const std::string& name, int type, int64_t rows, int64_t cols, Bytes data) {
+            const nb::gil_scoped_release unlocked;
+            self.set_matrix(name, weight_type(type), rows, cols, reinterpret_cast<const std::byte*>(data.data()),
+                            data.size());
+          },
+          "name"_a, "type"_a, "rows"_a, "cols"_a, "data"_a)
+      .def(
+          "set_vector",
+          [](Model& self, const std::string& name, Floats values) {
+            self.set_vector(name, values.data(), static_cast<int64_t>(values.size()));
+          },
+          "name"_a, "values"_a)
       .def("finish", &Model::finish)
+      .def(
+          "count",
+          [](Model& self, bool on) {
+            const nb::gil_scoped_release unlocked;
+            const std::lock_guard<std::mutex> lock(self.busy());
+            self.count(on);
+          },
+          "on"_a)
+      .def("read_counts", &read_counts, "gate"_a, "up"_a, "h"_a, "reset"_a)
+      .def("read_traffic", &read_traffic, "reset"_a)
       .def_prop_ro("isa", [](Model& self) { return std::string(self.kernels().isa); })
       .def_prop_ro("weight_bytes", &Model::weight_bytes);
 
   nb::class_<Session>(m, "Session")
-      .def("__init__",
-           [](Session* self, std::shared_ptr<Model> model, int64_t context) { new (self) Session(model, context); },
-           "model"_a, "context"_a)
-      .def("forward",
-           [](Session& self, std::shared_ptr<Model> model, Tokens tokens, const std::string& mode, bool all_logits,
-              Output logits) { forward(self, *model, tokens, mode, all_logits, logits); },
-           "model"_a, "tokens"_a, "mode"_a, "all_logits"_a, "logits"_a)
+      .def(
+          "__init__",
+          [](Session* self, std::shared_ptr<Model> model, int64_t context) { new (self) Session(model, context); },
+          "model"_a, "context"_a)
+      .def("forward", &forward, "tokens"_a, "mode"_a, "all_logits"_a, "decode"_a, "logits"_a)
       .def("reset", &Session::reset)
-      .def("count", &Session::count, "on"_a)
-      .def("read_counts", &read_counts, "gate"_a, "up"_a, "h"_a, "reset"_a)
-      .def("read_traffic", &read_traffic, "reset"_a)
       .def_prop_ro("position", &Session::position)
       .def_prop_ro("context", &Session::context);
 
-  m.def("sample",
-        [](Floats logits, std::vector<int32_t> history, uint64_t position, float temperature, int32_t top_k, float top_p,
-           float min_p, float repetition_penalty, uint64_t seed) {
-          const SamplingParams params{temperature, top_k, top_p, min_p, repetition_penalty, seed};
-          return sample_from(logits, params, history, position);
-        },
-        "logits"_a, "history"_a, "position"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a,
-        "seed"_a);
+  m.def(
+      "sample",
+      [](Floats logits, std::vector<int32_t> history, uint64_t position, float temperature, int32_t top_k, float top_p,
+         float min_p, float repetition_penalty, uint64_t seed) {
+        const SamplingParams params{temperature, top_k, top_p, min_p, repetition_penalty, seed};
+        return sample_from(logits, params, history, position);
+      },
+      "logits"_a, "history"_a, "position"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a,
+      "seed"_a);
   bind_kernels(m);
 }

@@ -19,8 +19,8 @@ struct SamplingParams {
 // Uniform in [0, 1), from SplitMix64 (Steele, Lea, Flood 2014) over seed and position.
 double uniform(uint64_t seed, uint64_t position);
 
-// logits [vocab]; `history` are the tokens that the repetition penalty (CTRL, arXiv 1909.05858) applies to. Filters act in
-// the order temperature, top-k, top-p, min-p. Logits that are not numbers are never chosen.
+// logits [vocab]; `history` are the tokens that the repetition penalty (CTRL, arXiv 1909.05858) applies to. Filters act
+// in the order temperature, top-k, top-p, min-p. Logits that are not numbers are never chosen.
 int32_t sample(const float* logits, int64_t vocab, const SamplingParams& params, const std::vector<int32_t>& history,
                uint64_t position);
 

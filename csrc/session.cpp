@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The forward pass. Every member of the team runs all of it; a barrier stands wherever one needs what another computed.
 //
-// A prompt is processed in blocks and gets the bits that it would get token by token: every product of a row with a vector,
-// every softmax and every sum over neurons has an order of its own that does not depend on what is computed beside it.
+// A prompt is processed in blocks and gets the bits that it would get token by token: every product of a row with a
+// vector, every softmax and every sum over neurons has an order of its own that does not depend on what is computed
+// beside it.
 #include "session.h"
 
 #include <algorithm>
@@ -60,26 +61,21 @@ Session::Session(std::shared_ptr<Model> model, int64_t context)
   }
 }
 
-void Session::count(bool on) {
-  counts_.reset(on ? new Counts : nullptr);
-  if (on) {
-    for (auto* counts : {&counts_->gate, &counts_->up, &counts_->h}) counts->resize(config_.layers * config_.ffn);
-  }
-}
-
-void Session::forward(const int32_t* tokens, int64_t n, Mode mode, bool all_logits, float* logits) {
+void Session::forward(const int32_t* tokens, int64_t n, Mode mode, bool all_logits, bool decode, float* logits) {
   if (n < 1) throw std::invalid_argument("no tokens");
+  if (decode && n != 1) throw std::invalid_argument("decoding takes one token");
   if (n > context_ - position_) throw std::invalid_argument("the context is full");
   if (mode == Mode::exact && !config_.sparse()) throw std::invalid_argument("exact mode needs a ReLU-gated model");
   for (int64_t i = 0; i < n; ++i) {
     if (tokens[i] < 0 || tokens[i] >= config_.vocab) throw std::invalid_argument("token id outside of the vocabulary");
   }
   const std::lock_guard<std::mutex> lock(model_->busy());
+  counts_ = model_->counts();
   for (int64_t done = 0; done < n; done += kPrefillBlock) {
     const int64_t size = std::min(kPrefillBlock, n - done);
     const bool last = done + size == n;
     const int64_t n_logits = all_logits ? size : (last ? 1 : 0);
-    block(Pass{tokens + done, size, mode, n_logits, logits + (all_logits ? done * config_.vocab : 0), n == 1});
+    block(Pass{tokens + done, size, mode, n_logits, logits + (all_logits ? done * config_.vocab : 0), decode});
   }
 }
 
@@ -89,12 +85,13 @@ void Session::block(const Pass& pass) {
   position_ += pass.n;
   if (counts_) counts_->tokens += pass.n;
   if (!pass.decode) return;
-  traffic_.tokens += 1;
-  traffic_.bytes += model_->embedding().row_bytes();
+  Traffic& traffic = model_->traffic();
+  traffic.tokens += 1;
+  traffic.bytes += model_->embedding().row_bytes();
   for (const Scratch& s : scratch_) {
-    traffic_.bytes += s.traffic.bytes;
-    traffic_.active_neurons += s.traffic.active_neurons;
-    traffic_.open_gates += s.traffic.open_gates;
+    traffic.bytes += s.traffic.bytes;
+    traffic.active_neurons += s.traffic.active_neurons;
+    traffic.open_gates += s.traffic.open_gates;
   }
 }
 

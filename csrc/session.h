@@ -17,35 +17,19 @@ enum class Mode { dense, exact };
 // How many tokens of a prompt go through the layers together.
 inline constexpr int64_t kPrefillBlock = 64;
 
-// What decoding cost, summed over tokens.
-struct Traffic {
-  int64_t tokens = 0;
-  int64_t bytes = 0;           // of weights read
-  int64_t active_neurons = 0;  // with h != 0, over all layers
-  int64_t open_gates = 0;      // gate > 0
-};
-
-// How often every neuron fired, [layers * ffn] each. `up` counts where up was computed: everywhere in dense mode.
-struct Counts {
-  int64_t tokens = 0;
-  std::vector<int64_t> gate, up, h;
-};
-
 class Session {
  public:
   Session(std::shared_ptr<Model> model, int64_t context);
 
   // Run `n` tokens from the current position on. logits: [n, vocab] if all_logits, else [vocab] after the last token.
-  // Throws std::invalid_argument on a bad token id or when the context is full.
-  void forward(const int32_t* tokens, int64_t n, Mode mode, bool all_logits, float* logits);
+  // `decode`: one token by itself, whose cost is counted. Throws std::invalid_argument on a bad token id or when the
+  // context is full.
+  void forward(const int32_t* tokens, int64_t n, Mode mode, bool all_logits, bool decode, float* logits);
 
   int64_t position() const { return position_; }
   int64_t context() const { return context_; }
+  int64_t vocab() const { return config_.vocab; }
   void reset() { position_ = 0; }
-
-  Traffic& traffic() { return traffic_; }
-  Counts* counts() { return counts_.get(); }
-  void count(bool on);
 
  private:
   // One set of inputs for matrix products, in fp32 and as int8 blocks.
@@ -97,9 +81,8 @@ class Session {
   std::vector<float> cosine_, sine_, cosine_local_, sine_local_;
   Prepared shared_;
   std::vector<Scratch> scratch_;
+  Counts* counts_ = nullptr;  // the model's, while it counts
   std::atomic<int64_t> next_block_{0};
-  Traffic traffic_;
-  std::unique_ptr<Counts> counts_;
 };
 
 }  // namespace turbosparse

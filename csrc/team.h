@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // A team of threads that runs one function at a time, every member the whole of it (SPMD), with barriers inside.
 //
-// A decode step has some two hundred barriers, so they spin; but only for as long as a well-served machine needs. A member
-// that waits longer sleeps in the kernel: an idle engine uses no CPU, and a busy machine does not lose its cores to waiting.
+// A decode step has some two hundred barriers, so they spin; but only for as long as a well-served machine needs. A
+// member that waits longer sleeps in the kernel: an idle engine uses no CPU, and a busy machine does not lose its cores
+// to waiting.
 #pragma once
 
 #include <atomic>

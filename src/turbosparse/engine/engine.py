@@ -1,0 +1,246 @@
+"""A model in memory, ready to run, and the sequences that it works on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType as Type
+
+from turbosparse import _native
+from turbosparse.engine.sampler import SamplingParams, sample
+from turbosparse.errors import UserError
+from turbosparse.model.config import ModelConfig
+from turbosparse.model.gguf import GGUFFile, GGUFTensor
+from turbosparse.model.quantize import dequantize, quantize
+from turbosparse.model.tokenizer import Tokenizer
+
+Progress = Callable[[int, int], None]
+Floats = npt.NDArray[np.float32]
+
+_NATIVE_TYPES = frozenset({Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0})
+_DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class ActivationCounts:
+    """How often each neuron fired over `tokens` tokens: int64 [layers, ffn] of gate > 0, up > 0 and h != 0."""
+
+    tokens: int
+    gate: npt.NDArray[np.int64]
+    up: npt.NDArray[np.int64]
+    h: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What decoding cost: tokens, bytes of weights read for them, and shares of neurons (0..1, None without tokens).
+
+    `active` is the share of neurons with h != 0, `open` that with a positive gate; both are None for a dense model.
+    """
+
+    tokens: int
+    bytes: int
+    active: float | None
+    open: float | None
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of exact zeros in h."""
+        return None if self.active is None else 1.0 - self.active
+
+
+class Session:
+    """One sequence: a KV cache and the position in it. Made by `Engine.session`."""
+
+    def __init__(self, engine: Engine, context: int) -> None:
+        self._engine = engine
+        self._native = _native.Session(engine._model, context)
+        self._history: list[int] = []
+        self._last: Floats | None = None
+
+    @property
+    def position(self) -> int:
+        """Tokens in the cache."""
+        return self._native.position
+
+    @property
+    def context(self) -> int:
+        """Tokens that fit."""
+        return self._native.context
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._native.reset()
+        self._history.clear()
+        self._last = None
+
+    def prefill(self, tokens: Sequence[int], mode: str = "dense") -> Floats:
+        """Read a prompt; returns the logits after its last token, float32 [vocab].
+
+        Raises:
+            UserError: it does not fit the context, or the mode is not one of the engine's.
+        """
+        self._check(tokens, mode)
+        for start in range(0, len(tokens), _native.PREFILL_BLOCK):  # a call each, so that Ctrl-C is heard in between
+            self._last = self._run(tokens[start : start + _native.PREFILL_BLOCK], mode)
+        assert self._last is not None
+        return self._last
+
+    def logits(self, tokens: Sequence[int], mode: str = "dense") -> Floats:
+        """Read tokens; returns the logits after each, float32 [n, vocab]. Errors as in `prefill`."""
+        self._check(tokens, mode)
+        flat = self._run(tokens, mode, all_logits=True)
+        rows = flat.reshape(len(tokens), self._engine.config.vocab_size)
+        self._last = rows[-1]
+        return rows
+
+    def decode(self, token: int, mode: str = "dense") -> Floats:
+        """Read one token in one native call; returns the logits after it, float32 [vocab]. Errors as in `prefill`."""
+        self._check((token,), mode)
+        self._last = self._run((token,), mode, decode=True)
+        return self._last
+
+    def sample(self, params: SamplingParams) -> int:
+        """Draw the next token from the last logits; it still has to be decoded."""
+        if self._last is None:
+            raise ValueError("nothing to sample from: prefill first")
+        return sample(self._last, params, self._history, self.position)
+
+    def _check(self, tokens: Sequence[int], mode: str) -> None:
+        if not tokens:
+            raise UserError("the prompt holds no tokens; give it some text.")
+        if len(tokens) > self.context - self.position:
+            raise UserError(
+                f"{len(tokens)} tokens do not fit the context of {self.context}, {self.position} of it used; use --ctx."
+            )
+        if mode not in self._engine.modes:
+            known = ", ".join(self._engine.modes)
+            activation = self._engine.config.activation
+            raise UserError(f"mode {mode} is not possible with this {activation} model; use {known}.")
+
+    def _run(self, tokens: Sequence[int], mode: str, all_logits: bool = False, decode: bool = False) -> Floats:
+        rows = len(tokens) if all_logits else 1
+        out = np.empty(rows * self._engine.config.vocab_size, np.float32)
+        self._native.forward(np.asarray(tokens, np.int32), mode, all_logits, decode, out)
+        self._history.extend(tokens)
+        return out
+
+
+class Engine:
+    """A model in memory. Sessions share it; one runs at a time.
+
+    Attributes:
+        config: what the model is.
+        tokenizer: its tokenizer.
+        isa: instruction set of the kernels.
+        threads: threads that compute, the caller's included.
+        modes: ("dense", "exact") for a ReLU-gated model, ("dense",) for others.
+    """
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, model: _native.Model, threads: int) -> None:
+        self.config, self.tokenizer, self.threads = config, tokenizer, threads
+        self.isa = model.isa
+        self.modes: tuple[str, ...] = ("dense", "exact") if config.sparse else ("dense",)
+        self._model = model
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        threads: int | None = None,
+        compute: str = "int8",
+        isa: str | None = None,
+        progress: Progress | None = None,
+    ) -> Engine:
+        """Load a GGUF file.
+
+        Args:
+            path: the file.
+            threads: default: every core that this process may use.
+            compute: "int8" quantises activations for quantised weights; "f32" computes everything in fp32, on weights
+                dequantised exactly: the yardstick.
+            isa: "generic", "avx2" or "avx512"; default: the best that this machine has.
+            progress: called with (bytes done, bytes in all).
+
+        Raises:
+            UserError: the file or an option cannot be used.
+        """
+        if compute not in ("int8", "f32"):
+            raise UserError(f"--compute {compute}: choose int8 or f32.")
+        if isa is not None and isa not in _native.isas():
+            raise UserError(f"--isa {isa}: this machine runs {', '.join(_native.isas())}.")
+        threads = threads or _usable_cores()
+        with GGUFFile.open(Path(path)) as file:
+            config = ModelConfig.from_gguf(file)
+            tokenizer = Tokenizer.from_gguf(file)
+            model = _native.Model(config, isa or "", compute == "f32", threads)
+            _load_tensors(file, model, compute == "f32", progress)
+        return cls(config, tokenizer, model, threads)
+
+    def session(self, context: int | None = None) -> Session:
+        """A new empty sequence with room for `context` tokens (default: the model's own context, at most 4096)."""
+        if context is None:
+            context = min(self.config.context_length, _DEFAULT_CONTEXT)
+        if not 1 <= context <= self.config.context_length:
+            raise UserError(f"--ctx {context}: this model was trained on at most {self.config.context_length} tokens.")
+        return Session(self, context)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that the packed weights take in memory."""
+        return self._model.weight_bytes
+
+    def count_activations(self, on: bool = True) -> None:
+        """Start counting which neurons fire, from zero, or stop. Costs time while it is on."""
+        self._model.count(on)
+
+    def counters(self, reset: bool = False) -> ActivationCounts:
+        """What was counted since `count_activations`, in prompts and in decoding, or since the last reset."""
+        shape = (self.config.n_layers, self.config.ffn_size)
+        gate, up, h = (np.empty(shape[0] * shape[1], np.int64) for _ in range(3))
+        tokens = self._model.read_counts(gate, up, h, reset)
+        return ActivationCounts(tokens, gate.reshape(shape), up.reshape(shape), h.reshape(shape))
+
+    def traffic(self, reset: bool = False) -> Traffic:
+        """What decoding cost since the engine was made or since the last reset; prompts are not in it."""
+        tokens, read, active, opened = self._model.read_traffic(reset)
+        neurons = tokens * self.config.n_layers * self.config.ffn_size
+        known = self.config.sparse and neurons > 0
+        return Traffic(tokens, read, active / neurons if known else None, opened / neurons if known else None)
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _load_tensors(file: GGUFFile, model: _native.Model, exact: bool, progress: Progress | None) -> None:
+    total = sum(tensor.data.size for tensor in file.tensors.values())
+    done = 0
+    for name, tensor in file.tensors.items():
+        if len(tensor.shape) == 1:
+            model.set_vector(name, dequantize(tensor.data, tensor.type, tensor.shape))
+        else:
+            rows, columns = tensor.shape
+            kind, data = _packable(tensor, exact)
+            model.set_matrix(name, int(kind), rows, columns, data)
+        done += tensor.data.size
+        if progress is not None:
+            progress(done, total)
+    model.finish()
+
+
+def _packable(tensor: GGUFTensor, exact: bool) -> tuple[Type, npt.NDArray[np.uint8]]:
+    """A matrix in a type that has kernels; what has none is converted, to fp32 where results must be exact."""
+    if tensor.type in _NATIVE_TYPES:
+        return tensor.type, tensor.data
+    columns = tensor.shape[1]
+    values = dequantize(tensor.data, tensor.type, tensor.shape)
+    if exact:
+        return Type.F32, values.reshape(-1).view(np.uint8)
+    kind = Type.F16 if columns % 32 else Type.Q8_0
+    return kind, quantize(values, kind).reshape(-1)
