@@ -37,7 +37,8 @@ struct Vectors {
   int64_t count = 0;
   int64_t cols = 0;
   const float* x = nullptr;        // [count, cols]
-  const int8_t* q = nullptr;       // [count, cols]      x = q * scale, symmetric, one scale a block of 32
+  const int8_t* q = nullptr;       // [count, cols]      x = q * scale, symmetric, one scale a block of 32; made by
+                                   // Kernels::quantize, in the kernels' own order of columns (pack.h)
   const float* scale = nullptr;    // [count, cols / 32]
   const int32_t* sum = nullptr;    // [count, cols / 32]  sum of q over the block: undoes Q4_0's offset of 8
 };
@@ -51,7 +52,8 @@ struct Kernels {
   Matrix (*layout)(WeightType type, int64_t rows, int64_t cols, const std::byte* storage);
   void (*pack)(const Matrix& into, std::byte* storage, int64_t first, int64_t last, const std::byte* source);
 
-  // x [n] to q [n], scale [n / 32], sum [n / 32]; n is a multiple of 32.
+  // x [n] to q [n], scale [n / 32], sum [n / 32]; n is a multiple of 32. One call prepares one whole vector: the order of
+  // q depends on n. A block that holds a NaN or an infinity gets a NaN scale, so that it shows in every product.
   void (*quantize)(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sum);
 
   // out[v * out_stride + r] = <row r of w, vector v> for r in [first, last) and every vector.

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// The layout of packed matrices, which all instruction sets share.
+//
+// Rows of f32, f16 and bf16 are kept as they are. Rows of q4_0 and q8_0 are cut into groups of 16 blocks, and what is left
+// into groups of 8, 4, 2 and 1 (576 columns are 18 blocks: 16 + 2). A block's bytes, 16 of q4_0 or 32 of q8_0, are 4 or 8
+// dwords; a group stores the first dword of each of its blocks, then the second of each, and so on:
+//
+//     dword d of block b of a group of g lies at 4 * (d * g + b)
+//
+// So a 64-byte load gives 16 blocks one dword each, integer dot products sum four columns inside a dword, and a lane meets
+// one block only: all dwords of a block add up in its lane, and one multiplication with the vector of 16 block scales
+// ends the group. In a group of g < 16 blocks, lane l belongs to block l % g. Quantised activations have the same order.
+//
+// q4_0 keeps ggml's nibbles: byte i of a block holds column i in its low half and column 16 + i in its high half, with 8
+// added. q8_0 gets 128 added, since integer dot products multiply an unsigned with a signed byte.
+#pragma once
+
+#include "kernels.h"
+
+namespace turbosparse {
+
+inline constexpr int64_t kGroup = 16;  // blocks
+inline constexpr int64_t kQ4Offset = 8;
+inline constexpr int64_t kQ8Offset = 128;
+
+int64_t packed_bytes(WeightType type, int64_t rows, int64_t cols);
+Matrix layout(WeightType type, int64_t rows, int64_t cols, const std::byte* storage);
+void pack(const Matrix& into, std::byte* storage, int64_t first, int64_t last, const std::byte* source);
+
+// The functions below have internal linkage: each instruction set compiles its own copy, and no linker can hand the
+// generic kernels one that was compiled for a larger machine.
+
+static constexpr bool is_blocked(WeightType type) { return type == WeightType::q4_0 || type == WeightType::q8_0; }
+
+// Bytes of 32 columns of a blocked type without their scale.
+static constexpr int64_t block_bytes(WeightType type) { return type == WeightType::q4_0 ? kBlock / 2 : kBlock; }
+
+// Blocks of the group that begins where `left` blocks of the row are left: 16, or the largest power of two that fits.
+[[maybe_unused]] static constexpr int64_t group_size(int64_t left) {
+  for (int64_t size = kGroup; size > 1; size /= 2) {
+    if (left >= size) return size;
+  }
+  return 1;
+}
+
+// Where byte `byte` of block `block` lies in a group of `group` blocks.
+[[maybe_unused]] static constexpr int64_t byte_in_group(int64_t group, int64_t block, int64_t byte) {
+  return 4 * (byte / 4 * group + block) + byte % 4;
+}
+
+}  // namespace turbosparse
