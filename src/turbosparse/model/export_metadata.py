@@ -1,0 +1,162 @@
+"""What an exported GGUF file says about its model: general.*, hyperparameters and tokenizer.
+
+The keys are llama.cpp's, under the name of the architecture. A dense model's file is read by llama.cpp too, so whatever
+that cannot be told stops the export; a sparse model's file is ours alone and states everything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFValueType, GGUFWriter, LlamaFileType
+
+from turbosparse.errors import UserError
+from turbosparse.model.config import FORMAT_VERSION, ModelConfig, periodic_windows, runtime_attention_scale
+from turbosparse.model.families import ARCHITECTURE, FAMILIES, Family
+
+# Version of ggml's block formats.
+QUANTIZATION_VERSION = 2
+FILE_TYPES = {
+    "q4_0": LlamaFileType.MOSTLY_Q4_0,
+    "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "f16": LlamaFileType.MOSTLY_F16,
+    "f32": LlamaFileType.ALL_F32,
+}
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---", re.DOTALL)
+_LICENCE = re.compile(r"^license:[ \t]*[\"']?([A-Za-z0-9.+_-]{1,64})[\"']?[ \t]*$", re.MULTILINE)
+
+
+def architecture_of(config: ModelConfig) -> str:
+    """`general.architecture` of the file: ours for a sparse model, llama.cpp's for a dense one."""
+    return ARCHITECTURE if config.sparse else FAMILIES[config.family].gguf_architecture
+
+
+def check_exportable(config: ModelConfig, source: str, frequency_factors: bool) -> None:
+    """Check that a program that reads llama.cpp's keys computes a dense model right; sparse ones state everything.
+
+    Args:
+        config: of the model.
+        source: what to call it in errors.
+        frequency_factors: it has Llama 3.1's RoPE scaling.
+
+    Raises:
+        UserError: naming the property that the dense layout cannot hold.
+    """
+    if config.sparse:
+        return
+    family = FAMILIES[config.family]
+    if config.activation != family.activation:
+        problem = f"the activation {config.activation}"
+    elif config.attention_scale != _default_scale(config, family):
+        problem = f"the attention scale {config.attention_scale:g}"
+    elif frequency_factors and family.gguf_architecture != "llama":
+        problem = "the RoPE scaling llama3"
+    elif family.runtime_windows and not _periodic(config, family):
+        problem = "its order of sliding layers"
+    else:
+        return
+    raise UserError(f"{source}: {problem} cannot be written to a dense {family.gguf_architecture} GGUF file.")
+
+
+def write_metadata(writer: GGUFWriter, config: ModelConfig, quant: str, folder: Path, raw: Mapping[str, Any]) -> None:
+    """Add general.* and the hyperparameters of `config` to `writer`, whose architecture is already set.
+
+    Args:
+        writer: open for keys.
+        config: of the model.
+        quant: key of `FILE_TYPES`.
+        folder: the Hugging Face folder; gives the model's name, and its README may name the licence.
+        raw: its config.json.
+    """
+    writer.add_name(folder.resolve().name or "model")
+    licence = _licence(folder, raw)
+    if licence is not None:
+        writer.add_license(licence)
+    writer.add_file_type(FILE_TYPES[quant])
+    writer.add_quantization_version(QUANTIZATION_VERSION)
+    architecture = architecture_of(config)
+    if config.sparse:
+        writer.add_string(f"{architecture}.base", config.family)
+        writer.add_string(f"{architecture}.activation", config.activation)
+        writer.add_uint32(f"{architecture}.format_version", FORMAT_VERSION)
+    writer.add_block_count(config.n_layers)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.ffn_size)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    _write_positions(writer, config, architecture)
+    if config.attention_softcap is not None:
+        writer.add_attn_logit_softcapping(config.attention_softcap)
+    if config.logit_softcap is not None:
+        writer.add_final_logit_softcapping(config.logit_softcap)
+    family = FAMILIES[config.family]
+    if config.sparse and config.attention_scale != _default_scale(config, family):
+        writer.add_float32(f"{architecture}.attention.scale", config.attention_scale)
+    if config.sparse or family.runtime_windows or config.sliding_window is not None:
+        _write_windows(writer, config, family, architecture)
+
+
+def write_tokenizer(writer: GGUFWriter, metadata: Mapping[str, Any]) -> None:
+    """Add the keys of `tokenizer_metadata`: ids as uint32, scores as float32, token types as int32."""
+    for key, value in metadata.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif key.endswith(".scores"):
+            # Stated, because a list of whole numbers would become integers.
+            writer.add_key_value(key, value, GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
+        else:
+            writer.add_array(key, value)
+
+
+def _write_positions(writer: GGUFWriter, config: ModelConfig, architecture: str) -> None:
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    if config.rope_theta_local is not None:
+        writer.add_float32(f"{architecture}.rope.freq_base_swa", config.rope_theta_local)
+    if config.rope_scale != 1.0:
+        writer.add_string(f"{architecture}.rope.scaling.type", "linear")
+        writer.add_float32(f"{architecture}.rope.scaling.factor", config.rope_scale)
+
+
+def _write_windows(writer: GGUFWriter, config: ModelConfig, family: Family, architecture: str) -> None:
+    """The sliding window, and which layers slide unless the family's period says so."""
+    writer.add_sliding_window(config.sliding_window or 0)
+    if config.sliding_window is not None and not _periodic(config, family):
+        writer.add_array(f"{architecture}.attention.sliding_window_pattern", list(config.sliding_layers))
+
+
+def _periodic(config: ModelConfig, family: Family) -> bool:
+    """Whether a reader finds the sliding layers without being told."""
+    if family.window_period is None:
+        return all(config.sliding_layers)
+    return config.sliding_layers == periodic_windows(config.n_layers, family.window_period)
+
+
+def _default_scale(config: ModelConfig, family: Family) -> float:
+    return runtime_attention_scale(family, config.hidden_size, config.n_heads, config.n_layers, config.head_dim)
+
+
+def _licence(folder: Path, raw: Mapping[str, Any]) -> str | None:
+    """What config.json or the front matter of README.md calls the licence."""
+    stated = raw.get("license")
+    if isinstance(stated, str) and 0 < len(stated) <= 64:
+        return stated
+    try:
+        with (folder / "README.md").open(encoding="utf-8", errors="replace") as handle:
+            front = _FRONT_MATTER.match(handle.read(1 << 16))
+    except OSError:
+        return None
+    found = _LICENCE.search(front.group(1)) if front else None
+    return found.group(1) if found else None
