@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from turbosparse.errors import UserError
 from turbosparse.model.families import ARCHITECTURE, BY_ARCHITECTURE, BY_HF_TYPE, FAMILIES, HF_PREFIX, Family
 from turbosparse.model.fields import Bounds, Fields
@@ -197,7 +199,7 @@ def _hf_activation(fields: Fields, model_type: str) -> str:
 
 
 def _hf_attention_scale(fields: Fields, head_dim: int) -> float:
-    return float(fields.number("query_pre_attn_scalar", _POSITIVE, float(head_dim)) ** -0.5)
+    return float(np.float32(fields.number("query_pre_attn_scalar", _POSITIVE, float(head_dim)) ** -0.5))
 
 
 def _hf_windows(fields: Fields, family: Family, n_layers: int) -> tuple[int | None, tuple[bool, ...]]:
@@ -319,7 +321,7 @@ def _gguf_attention_scale(
 def runtime_attention_scale(family: Family, hidden: int, n_heads: int, n_layers: int, head_dim: int) -> float:
     """What llama.cpp multiplies the scores of such a model with; its files do not state it."""
     width = hidden / n_heads if n_layers == family.width_scaled_layers else head_dim
-    return float(width**-0.5)
+    return float(np.float32(width**-0.5))
 
 
 def _gguf_windows(fields: Fields, family: Family, n_layers: int) -> tuple[int | None, tuple[bool, ...]]:

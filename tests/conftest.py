@@ -1,0 +1,37 @@
+"""Fixtures of all tests: tiny models, each made once a session. Tests read them and write elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny_folder(family, activation="dense") -> the Hugging Face folder of a tiny random model."""
+
+    @cache
+    def make(family: str, activation: str = "dense") -> Path:
+        from factories import make_folder  # here, so that tests without a model do not wait for torch
+
+        return make_folder(tmp_path_factory.mktemp("tiny") / f"{family}-{activation}", family, activation)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny_gguf(family, activation="dense", quant="f32") -> the same model as a GGUF file."""
+
+    @cache
+    def make(family: str, activation: str = "dense", quant: str = "f32") -> Path:
+        from turbosparse.model.export import export_gguf
+
+        out = tmp_path_factory.mktemp("gguf") / f"{family}-{activation}-{quant}.gguf"
+        export_gguf(tiny_folder(family, activation), out, quant)
+        return out
+
+    return make

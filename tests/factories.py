@@ -1,0 +1,131 @@
+"""Tiny random models of every family, dense and sparse, with a real tokenizer: everything but the size is as in life.
+
+`make_folder` writes a Hugging Face folder with a byte-level BPE tokenizer that was trained on a few lines, and a chat
+template. tests/conftest.py offers them as session fixtures, so that each is made once.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from turbosparse.model.pretokenizers import PRE_TOKENIZERS
+from turbosparse.relufy.drelu import FAMILIES as SPARSE
+
+DENSE = "dense"
+ACTIVATIONS = (DENSE, "drelu", "reglu")
+# Family to the model type of its text model.
+MODEL_TYPES = {key.removesuffix("_text"): key for key in SPARSE}
+FAMILY_NAMES = tuple(MODEL_TYPES)
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = [
+    "The quick brown fox jumps over the lazy dog, and it's 12345 times quicker than I'll ever be!",
+    "def read(path):\n    with open(path) as file:\n        return file.read()\n\n# über façade",
+    "日本語のテキスト, emoji 😀 and   runs   of    spaces\t\ttabs. If x + y = 7 and x = 3, then y = 4.",
+] * 4
+VOCAB_SIZE = 448
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_OWN_HEADS = {"head_dim": 32}  # not hidden_size / heads, as these families allow
+_GEMMA = {**_OWN_HEADS, "query_pre_attn_scalar": 32, "sliding_window": 8}
+_FAMILY_SIZES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {**_OWN_HEADS, "rms_norm_eps": 1e-5},
+    "gemma2": {**_GEMMA, "num_hidden_layers": 3},
+    # Six layers that slide by five, and one more.
+    "gemma3": {**_GEMMA, "num_hidden_layers": 7},
+}
+
+
+def make_folder(folder: Path, family: str, activation: str = DENSE, seed: int = 0, **changes: Any) -> Path:
+    """Write a tiny random model.
+
+    Args:
+        folder: to write; made if it is missing.
+        family: one of `FAMILY_NAMES`.
+        activation: one of `ACTIVATIONS`.
+        seed: of the weights.
+        changes: to the values of its config.
+
+    Returns:
+        `folder`.
+    """
+    model_type = MODEL_TYPES[family]
+    values = {**_SIZES, **_FAMILY_SIZES[family], **changes}
+    if activation == DENSE:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+    else:
+        config_class, model_class = SPARSE[model_type]
+        model = model_class(config_class(activation=activation, **values))
+    _randomise(model, seed)
+    model.float().save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Add the tokenizer and the chat template to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(_tokenizer_json(), encoding="utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL_TOKENS[0],
+        "eos_token": SPECIAL_TOKENS[2],
+        "pad_token": SPECIAL_TOKENS[0],
+        "add_bos_token": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+@cache
+def _tokenizer_json() -> str:
+    cuts = PRE_TOKENIZERS["smollm"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = cuts.build()
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 8,  # so that the model has a few ids without a token, as real ones do
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return tokenizer.to_str()
+
+
+def _randomise(model: torch.nn.Module, seed: int) -> None:
+    """Every parameter random, norms and biases too: what starts as ones or zeros would hide a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * noise)
+            else:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)

@@ -1,0 +1,132 @@
+"""A model is the same whether its config.json or its GGUF file describes it; impossible descriptions are refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from factories import ACTIVATIONS, FAMILY_NAMES, make_folder
+
+from turbosparse.errors import UserError
+from turbosparse.model.config import ModelConfig
+from turbosparse.model.export import export_gguf
+from turbosparse.model.families import BY_ARCHITECTURE, FAMILIES
+from turbosparse.model.gguf import GGUFFile
+
+
+def _from_folder(folder):
+    return ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
+
+
+def _from_file(path):
+    with GGUFFile.open(path) as file:
+        return ModelConfig.from_gguf(file)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_both_sides_describe_the_same_model(tiny_folder, tiny_gguf, family, activation):
+    expected = _from_folder(tiny_folder(family, activation))
+    assert expected.activation == (FAMILIES[family].activation if activation == "dense" else activation)
+    assert expected.family == family
+    if activation == "dense":  # llama.cpp's layout does not tell a Mistral from a Llama
+        expected = replace(expected, family=BY_ARCHITECTURE[FAMILIES[family].gguf_architecture].name)
+    assert _from_file(tiny_gguf(family, activation)) == expected
+
+
+@pytest.mark.parametrize("activation", ["dense", "drelu"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"tie_word_embeddings": False, "rms_norm_eps": 1e-5}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+        ("mistral", {"sliding_window": 16}),
+        ("mistral", {"head_dim": 32}),
+        ("gemma2", {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0}),
+        ("gemma3", {"sliding_window": 64}),
+    ],
+    ids=str,
+)
+def test_unusual_values_survive_the_export(tmp_path, family, changes, activation):
+    folder = make_folder(tmp_path / "hf", family, activation, **changes)
+    export_gguf(folder, tmp_path / "a.gguf", "q8_0")
+    config, expected = _from_file(tmp_path / "a.gguf"), _from_folder(folder)
+    assert replace(config, family=family) == expected
+    plain = _from_folder(make_folder(tmp_path / "plain", family, activation))
+    assert plain != expected
+
+
+def test_a_sparse_file_states_what_the_family_would_not(tmp_path):
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    folder = make_folder(tmp_path / "hf", "gemma2", "drelu", layer_types=kinds, query_pre_attn_scalar=48)
+    export_gguf(folder, tmp_path / "a.gguf", "f16")
+    config = _from_file(tmp_path / "a.gguf")
+    assert config == _from_folder(folder)
+    assert config.sliding_layers == (False, True, False)
+    assert config.attention_scale == pytest.approx(48**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "named"),
+    [
+        ("gemma3", {"query_pre_attn_scalar": 48}, "attention scale"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}, "sliding layers"),
+        ("llama", {"hidden_act": "gelu_pytorch_tanh"}, "activation geglu"),
+        (
+            "qwen2",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 1e4,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            "llama3",
+        ),
+    ],
+)
+def test_a_dense_file_refuses_what_its_layout_cannot_say(tmp_path, family, changes, named):
+    folder = make_folder(tmp_path / "hf", family, **changes)
+    with pytest.raises(UserError, match=named):
+        export_gguf(folder, tmp_path / "a.gguf", "f16")
+    assert not list(tmp_path.glob("*.gguf*")) + list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "bert"}, "bert"),
+        ({"model_type": None}, "not supported"),
+        ({"model_type": ["llama"]}, "not supported"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"hidden_size": -64}, "hidden_size"),
+        ({"hidden_size": 1 << 60}, "hidden_size"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": True}, "hidden_size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"num_key_value_heads": 3}, "evenly"),
+        ({"head_dim": 15}, "odd"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"num_local_experts": 8}, "mixture of experts"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"quantization_config": {}}, "quantised"),
+        ({"hidden_act": "tanh"}, "tanh"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"rope_parameters": []}, None),
+        ({"rope_parameters": 7}, "rope_parameters"),
+    ],
+    ids=str,
+)
+def test_an_impossible_config_is_one_sentence(tiny_folder, changes, named):
+    values = json.loads((tiny_folder("llama") / "config.json").read_text()) | changes
+    if named is None:  # an empty list is as good as nothing
+        assert ModelConfig.from_hf(values).rope_theta == 10000.0
+        return
+    with pytest.raises(UserError, match=named) as caught:
+        ModelConfig.from_hf(values, "some/config.json")
+    message = str(caught.value)
+    assert message.startswith("some/config.json") and message.endswith(".") and "\n" not in message
