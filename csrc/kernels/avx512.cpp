@@ -31,7 +31,9 @@ struct Avx512 {
   static F load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(mask(n), p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static void store(float* p, F x, int64_t n) { _mm512_mask_storeu_ps(p, mask(n), x); }
-  static F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static F load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
   static F load_f16(const uint16_t* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(n), p)); }
   static F load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static F load_bf16(const uint16_t* p, int64_t n) { return widen_bf16(_mm256_maskz_loadu_epi16(mask(n), p)); }
@@ -86,7 +88,8 @@ struct Avx512 {
     if constexpr (kCount == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
     if constexpr (kCount == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
     if constexpr (kCount == 2) {
-      return _mm512_castpd_ps(_mm512_broadcastsd_pd(_mm_castsi128_pd(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+      return _mm512_castpd_ps(
+          _mm512_broadcastsd_pd(_mm_castsi128_pd(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
     }
     return _mm512_set1_ps(*p);
   }

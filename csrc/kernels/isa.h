@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 
-#if 0 && defined(__x86_64__) && !defined(_MSC_VER)
+#if defined(__x86_64__) && !defined(_MSC_VER)
 #define TURBOSPARSE_X86 1
 #endif
 

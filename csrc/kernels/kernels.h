@@ -2,8 +2,8 @@
 // The one table of kernels: what the engine asks of an instruction set, and all it knows about it.
 //
 // Every function gives, for one output element, the same bits whatever else is computed in the same call: the order of
-// summation of a row depends on the instruction set and on the row alone. So results do not depend on how rows are split
-// over threads, on how many vectors are multiplied at once, or on whether rows come as a range or as a list.
+// summation of a row depends on the instruction set and on the row alone. So results do not depend on how rows are
+// split over threads, on how many vectors are multiplied at once, or on whether rows come as a range or as a list.
 #pragma once
 
 #include <cstddef>
@@ -25,8 +25,9 @@ struct Matrix {
   int64_t cols = 0;
   const std::byte* values = nullptr;  // weights; row r begins at values + r * value_stride
   int64_t value_stride = 0;           // bytes
-  const std::byte* scales = nullptr;  // block scales (float16); row r begins at scales + r * scale_stride; null if unscaled
-  int64_t scale_stride = 0;           // bytes
+  const std::byte* scales =
+      nullptr;               // block scales (float16); row r begins at scales + r * scale_stride; null if unscaled
+  int64_t scale_stride = 0;  // bytes
 
   int64_t row_bytes() const { return value_stride + scale_stride; }  // what reading a row costs
 };
@@ -36,24 +37,25 @@ struct Matrix {
 struct Vectors {
   int64_t count = 0;
   int64_t cols = 0;
-  const float* x = nullptr;        // [count, cols]
-  const int8_t* q = nullptr;       // [count, cols]      x = q * scale, symmetric, one scale a block of 32; made by
-                                   // Kernels::quantize, in the kernels' own order of columns (pack.h)
-  const float* scale = nullptr;    // [count, cols / 32]
-  const int32_t* sum = nullptr;    // [count, cols / 32]  sum of q over the block: undoes Q4_0's offset of 8
+  const float* x = nullptr;      // [count, cols]
+  const int8_t* q = nullptr;     // [count, cols]      x = q * scale, symmetric, one scale a block of 32; made by
+                                 // Kernels::quantize, in the kernels' own order of columns (pack.h)
+  const float* scale = nullptr;  // [count, cols / 32]
+  const int32_t* sum = nullptr;  // [count, cols / 32]  sum of q over the block: undoes Q4_0's offset of 8
 };
 
 struct Kernels {
   const char* isa;  // "generic", "avx2", "avx512"
 
-  // Bytes that a packed matrix takes, and the packing itself: `source` is rows in ggml's own block layout (the bytes of a
-  // GGUF tensor), rows `first` to `last` of the matrix; `storage` is 64-byte aligned. layout() gives the view of storage.
+  // Bytes that a packed matrix takes, and the packing itself: `source` is rows in ggml's own block layout (the bytes of
+  // a GGUF tensor), rows `first` to `last` of the matrix; `storage` is 64-byte aligned. layout() gives the view of
+  // storage.
   int64_t (*packed_bytes)(WeightType type, int64_t rows, int64_t cols);
   Matrix (*layout)(WeightType type, int64_t rows, int64_t cols, const std::byte* storage);
   void (*pack)(const Matrix& into, std::byte* storage, int64_t first, int64_t last, const std::byte* source);
 
-  // x [n] to q [n], scale [n / 32], sum [n / 32]; n is a multiple of 32. One call prepares one whole vector: the order of
-  // q depends on n. A block that holds a NaN or an infinity gets a NaN scale, so that it shows in every product.
+  // x [n] to q [n], scale [n / 32], sum [n / 32]; n is a multiple of 32. One call prepares one whole vector: the order
+  // of q depends on n. A block that holds a NaN or an infinity gets a NaN scale, so that it shows in every product.
   void (*quantize)(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sum);
 
   // out[v * out_stride + r] = <row r of w, vector v> for r in [first, last) and every vector.

@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // The layout of packed matrices, which all instruction sets share.
 //
-// Rows of f32, f16 and bf16 are kept as they are. Rows of q4_0 and q8_0 are cut into groups of 16 blocks, and what is left
-// into groups of 8, 4, 2 and 1 (576 columns are 18 blocks: 16 + 2). A block's bytes, 16 of q4_0 or 32 of q8_0, are 4 or 8
-// dwords; a group stores the first dword of each of its blocks, then the second of each, and so on:
+// Rows of f32, f16 and bf16 are kept as they are. Rows of q4_0 and q8_0 are cut into groups of 16 blocks, and what is
+// left into groups of 8, 4, 2 and 1 (576 columns are 18 blocks: 16 + 2). A block's bytes, 16 of q4_0 or 32 of q8_0, are
+// 4 or 8 dwords; a group stores the first dword of each of its blocks, then the second of each, and so on:
 //
 //     dword d of block b of a group of g lies at 4 * (d * g + b)
 //
-// So a 64-byte load gives 16 blocks one dword each, integer dot products sum four columns inside a dword, and a lane meets
-// one block only: all dwords of a block add up in its lane, and one multiplication with the vector of 16 block scales
-// ends the group. In a group of g < 16 blocks, lane l belongs to block l % g. Quantised activations have the same order.
+// So a 64-byte load gives 16 blocks one dword each, integer dot products sum four columns inside a dword, and a lane
+// meets one block only: all dwords of a block add up in its lane, and one multiplication with the vector of 16 block
+// scales ends the group. In a group of g < 16 blocks, lane l belongs to block l % g. Quantised activations have the
+// same order.
 //
-// q4_0 keeps ggml's nibbles: byte i of a block holds column i in its low half and column 16 + i in its high half, with 8
-// added. q8_0 gets 128 added, since integer dot products multiply an unsigned with a signed byte.
+// q4_0 keeps ggml's nibbles: byte i of a block holds column i in its low half and column 16 + i in its high half, with
+// 8 added. q8_0 gets 128 added, since integer dot products multiply an unsigned with a signed byte.
 #pragma once
 
 #include "kernels.h"

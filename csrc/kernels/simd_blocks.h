@@ -7,8 +7,8 @@
 
 namespace turbosparse {
 
-// Row times int8 activations. One accumulator a (row, vector): the integer sum of a block, or of the part of it that its
-// lane holds, times weight scale times activation scale, group by group.
+// Row times int8 activations. One accumulator a (row, vector): the integer sum of a block, or of the part of it that
+// its lane holds, times weight scale times activation scale, group by group.
 template <class S, WeightType kType>
 struct BlockDot {
   using F = typename S::F;
@@ -22,9 +22,7 @@ struct BlockDot {
   static void run(const Matrix& w, const Rows<R>& rows, const Rows<R>& ahead, const Vectors& x, int64_t v, float* out,
                   int64_t stride) {
     F total[R][N];
-    TS_UNROLL for (int r = 0; r < R; ++r) {
-      TS_UNROLL for (int n = 0; n < N; ++n) total[r][n] = S::zero();
-    }
+    TS_UNROLL for (int r = 0; r < R; ++r) { TS_UNROLL for (int n = 0; n < N; ++n) total[r][n] = S::zero(); }
     for_groups(0, w.cols / kBlock, [&]<int G>(Size<G>, int64_t block) __attribute__((always_inline)) {
       TS_UNROLL for (int part = 0; part < Group<S, kType, G>::kParts; ++part) {
         add_group<G, R, N>(rows, x, v, block, part, total);

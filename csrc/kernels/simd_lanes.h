@@ -2,9 +2,9 @@
 // How an instruction set S with L lanes walks the groups of a blocked row (pack.h), and the two operations that need
 // single weights: decoding a group, and axpy.
 //
-// Weights leave their dwords in *lane order*: weight k of a dword (nibble k, or byte k) of all dwords, then weight k + 1.
-// In that order a lane belongs to one block, so the scales of 16 blocks multiply as they lie. axpy keeps y in lane order
-// over all its rows and turns it back at the end.
+// Weights leave their dwords in *lane order*: weight k of a dword (nibble k, or byte k) of all dwords, then weight k
+// + 1. In that order a lane belongs to one block, so the scales of 16 blocks multiply as they lie. axpy keeps y in lane
+// order over all its rows and turns it back at the end.
 #pragma once
 
 #include <cstring>
@@ -34,8 +34,8 @@ static TS_INLINE inline void for_groups(int64_t block, int64_t end, Visit visit)
   if ((end - block) & 1) visit(Size<1>{}, block);
 }
 
-// A group of at least L blocks is read in parts of L blocks, dword by dword; a smaller one as a flat run of dwords, whose
-// lanes l belong to block l % G.
+// A group of at least L blocks is read in parts of L blocks, dword by dword; a smaller one as a flat run of dwords,
+// whose lanes l belong to block l % G.
 template <class S, WeightType kType, int G>
 struct Group {
   static constexpr int kLanes = S::kLanes;

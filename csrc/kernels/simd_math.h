@@ -6,8 +6,8 @@
 
 namespace turbosparse {
 
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, with ln 2 in two parts so that r is exact; Taylor's series to
-// r^7, whose remainder is below 2^-27. Error under 1 ulp for normal results; NaN stays NaN.
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, with ln 2 in two parts so that r is exact; Taylor's series
+// to r^7, whose remainder is below 2^-27. Error under 1 ulp for normal results; NaN stays NaN.
 template <class S>
 static typename S::F exp_of(typename S::F x) {
   using F = typename S::F;

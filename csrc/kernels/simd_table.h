@@ -12,11 +12,16 @@ namespace turbosparse {
 template <class Call>
 static void with_type(WeightType type, Call f) {
   switch (type) {
-    case WeightType::f32: return f.template operator()<WeightType::f32>();
-    case WeightType::f16: return f.template operator()<WeightType::f16>();
-    case WeightType::bf16: return f.template operator()<WeightType::bf16>();
-    case WeightType::q4_0: return f.template operator()<WeightType::q4_0>();
-    case WeightType::q8_0: return f.template operator()<WeightType::q8_0>();
+    case WeightType::f32:
+      return f.template operator()<WeightType::f32>();
+    case WeightType::f16:
+      return f.template operator()<WeightType::f16>();
+    case WeightType::bf16:
+      return f.template operator()<WeightType::bf16>();
+    case WeightType::q4_0:
+      return f.template operator()<WeightType::q4_0>();
+    case WeightType::q8_0:
+      return f.template operator()<WeightType::q8_0>();
   }
 }
 
