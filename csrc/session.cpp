@@ -378,10 +378,11 @@ void Session::neuron_block(Scratch& s, const Pass& pass, int64_t index, int64_t 
   const bool relu_up = config_.activation == Activation::drelu;
   const bool skip = pass.mode == Mode::exact;
   const bool list_up = skip && pass.decode && !counts_;  // in a prompt most rows of up are needed by some token
-  kernels_.dot(layer.gate, first, last, x, s.gate.data(), size);
+  // dot() writes row r at out + r: `first` is taken off, so that the block's rows land at the start of the buffer.
+  kernels_.dot(layer.gate, first, last, x, s.gate.data() - first, size);
   s.traffic.bytes += n_neurons * layer.gate.row_bytes();
   if (!list_up) {
-    kernels_.dot(layer.up, first, last, x, s.up.data(), size);
+    kernels_.dot(layer.up, first, last, x, s.up.data() - first, size);
     s.traffic.bytes += n_neurons * layer.up.row_bytes();
   }
   for (int64_t t = 0; t < pass.n; ++t) {
