@@ -1,116 +1,155 @@
-"""What the native kernels must compute, slowly, in float64 and by the `gguf` package's dequantisation.
-
-Every function that a kernel is compared with also returns how far fp32 may be from it: the bound on the error of a sum
-of n products in any order, (n + 2) u sum |a_i b_i| with u = 2^-24 (Higham, Accuracy and Stability of Numerical
-Algorithms, section 3.1; two more roundings for the factors). Int8 activations are compared with the exact product of the
-*rounded* activations, so that no tolerance hides a wrong quant.
-"""
+"""What the native kernels must compute, in numpy: weights dequantised by the gguf package, products in float64."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 
-Float64 = npt.NDArray[np.float64]
-Float32 = npt.NDArray[np.float32]
-
 BLOCK = 32
-GROUP = 16
-UNIT = 2.0**-24
 TYPES = {
     "f32": gguf.GGMLQuantizationType.F32,
     "f16": gguf.GGMLQuantizationType.F16,
     "bf16": gguf.GGMLQuantizationType.BF16,
-    "q8_0": gguf.GGMLQuantizationType.Q8_0,
     "q4_0": gguf.GGMLQuantizationType.Q4_0,
+    "q8_0": gguf.GGMLQuantizationType.Q8_0,
 }
-BLOCKED = ("q8_0", "q4_0")
+BLOCKED = ("q4_0", "q8_0")
+OFFSET = {"q4_0": 8, "q8_0": 128}  # what makes the quants unsigned bytes
+BLOCK_BYTES = {"q4_0": 18, "q8_0": 34}  # in ggml's own layout, with the scale
 
 
-def encode(weights: Float32, type_name: str) -> npt.NDArray[np.uint8]:
-    """GGUF bytes of a matrix [rows, cols]."""
-    kind = TYPES[type_name]
-    if weights.size == 0:
-        return np.empty(0, np.uint8)
-    return np.ascontiguousarray(gguf.quantize(weights, kind)).view(np.uint8).reshape(-1)
+@dataclass(frozen=True)
+class Weights:
+    """A matrix in a GGUF type: its bytes [rows, row_bytes] uint8, and its exact values [rows, cols] float32."""
+
+    type: str
+    raw: npt.NDArray[np.uint8]
+    values: npt.NDArray[np.float32]
+
+    @property
+    def quants(self) -> npt.NDArray[np.int64]:
+        """Signed quants [rows, cols] of a blocked type."""
+        blocks = self.raw.reshape(len(self.raw), -1, BLOCK_BYTES[self.type])[:, :, 2:]
+        if self.type == "q8_0":
+            quants = blocks.view(np.int8).astype(np.int64)
+        else:
+            quants = np.concatenate([blocks & 15, blocks >> 4], axis=2).astype(np.int64) - OFFSET["q4_0"]
+        return quants.reshape(len(self.raw), -1)
+
+    @property
+    def scales(self) -> npt.NDArray[np.float64]:
+        """Block scales [rows, cols / 32] of a blocked type."""
+        blocks = self.raw.reshape(len(self.raw), -1, BLOCK_BYTES[self.type])[:, :, :2]
+        return np.ascontiguousarray(blocks).view(np.float16)[:, :, 0].astype(np.float64)
 
 
-def decode(data: npt.NDArray[np.uint8], type_name: str, rows: int, cols: int) -> Float64:
-    """The weights [rows, cols] that these bytes stand for."""
-    if rows == 0:
-        return np.empty((0, cols))
-    return gguf.dequantize(data.reshape(rows, -1), TYPES[type_name]).reshape(rows, cols).astype(np.float64)
+def random_weights(rng: np.random.Generator, type: str, rows: int, cols: int) -> Weights:
+    """Weights of any bits that the type allows, so that each quant, sign and a subnormal scale occur."""
+    if type == "f32":
+        raw = rng.standard_normal((rows, cols), dtype=np.float32).view(np.uint8)
+    elif type == "f16":
+        raw = (rng.standard_normal((rows, cols)) * 10.0 ** rng.integers(-6, 2, (rows, cols))).astype(np.float16)
+        raw = raw.view(np.uint8)
+    elif type == "bf16":
+        raw = (rng.standard_normal((rows, cols), dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        raw = raw.view(np.uint8)
+    else:
+        blocks = rng.integers(0, 256, (rows, cols // BLOCK, BLOCK_BYTES[type]), dtype=np.uint8)
+        scales = (rng.standard_normal((rows, cols // BLOCK, 1)) * 0.05).astype(np.float16)
+        scales[rng.random(scales.shape) < 0.05] = np.float16(3e-7)
+        blocks[:, :, :2] = scales.view(np.uint8)
+        raw = blocks.reshape(rows, -1)
+    return Weights(type, raw, gguf.quants.dequantize(raw, TYPES[type]).astype(np.float32).reshape(rows, cols))
 
 
-def group_sizes(blocks: int) -> list[int]:
-    """A row's groups: sixteens, then the binary digits of what is left."""
-    sizes = [GROUP] * (blocks // GROUP)
-    return sizes + [size for size in (8, 4, 2, 1) if blocks % GROUP & size]
+@dataclass(frozen=True)
+class Int8:
+    """Vectors as int8: x ~ q * scale. q [count, cols], scale and sum [count, cols / 32]."""
+
+    q: npt.NDArray[np.int8]
+    scale: npt.NDArray[np.float32]
+    sum: npt.NDArray[np.int32]
 
 
-def kernel_order(q: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
-    """Columns of one vector [n] in the order of csrc/kernels/pack.h: dwords of a group's blocks side by side."""
-    groups = []
-    begin = 0
-    for size in group_sizes(q.size // BLOCK):
-        end = begin + size * BLOCK
-        groups.append(q[begin:end].reshape(size, BLOCK // 4, 4).transpose(1, 0, 2).reshape(-1))
-        begin = end
-    return np.concatenate(groups) if groups else q
-
-
-def quantize(x: Float32) -> tuple[npt.NDArray[np.int8], Float32, npt.NDArray[np.int32]]:
-    """Symmetric int8 in blocks of 32: q [n] in the order of columns, scale [n / 32], sum of q [n / 32]."""
-    blocks = x.reshape(-1, BLOCK)
-    largest = np.abs(blocks).max(axis=1, initial=0).astype(np.float32)
-    usable = largest >= 2.0**-100
-    scale = np.where(usable, largest / np.float32(127), np.float32(0)).astype(np.float32)
+def quantize(x: npt.NDArray[np.float32]) -> Int8:
+    """Symmetric int8 by blocks of 32 columns, to nearest even; x [count, cols], finite."""
+    blocks = x.reshape(len(x), -1, BLOCK)
+    largest = np.abs(blocks).max(axis=2)
+    largest[largest < np.float32(2.0**-100)] = 0  # no normal scale: counts as zero
     with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.where(usable, np.float32(127) / largest, np.float32(0)).astype(np.float32)
-    q = np.rint(blocks * inverse[:, None]).astype(np.int8)
-    return q.reshape(-1), scale, q.sum(axis=1, dtype=np.int32)
+        inverse = np.where(largest > 0, np.float32(127) / largest, np.float32(0))
+    q = np.rint(blocks * inverse[:, :, None]).astype(np.int8)
+    return Int8(q.reshape(x.shape), largest / np.float32(127), q.sum(axis=2, dtype=np.int32))
 
 
-def rounded(x: Float32) -> Float64:
-    """Vectors [count, cols] after a round trip through int8."""
-    out = np.empty(x.shape)
-    for index, vector in enumerate(x):
-        q, scale, _ = quantize(vector)
-        out[index] = (q.reshape(-1, BLOCK).astype(np.float64) * scale.astype(np.float64)[:, None]).reshape(-1)
-    return out
+def packed_order(cols: int) -> npt.NDArray[np.int64]:
+    """order[i] = the column that byte i of packed activations holds (the layout of csrc/kernels/pack.h)."""
+    order = np.empty(cols, np.int64)
+    begin, left = 0, cols // BLOCK
+    while left:
+        group = next(size for size in (16, 8, 4, 2, 1) if size <= left)
+        for block in range(group):
+            for byte in range(BLOCK):
+                place = 4 * (byte // 4 * group + block) + byte % 4
+                order[begin * BLOCK + place] = (begin + block) * BLOCK + byte
+        begin, left = begin + group, left - group
+    return order
 
 
-def dot(weights: Float64, x: Float64) -> tuple[Float64, Float64]:
-    """Products [count, rows] of vectors x [count, cols] with each row, and their error bounds in fp32."""
-    terms = weights.shape[1] + 2
-    return x @ weights.T, terms * UNIT * (np.abs(x) @ np.abs(weights).T)
+def dot(w: Weights, x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """<row, vector> [count, rows] and a bound of the error of any float32 order of summation.
+
+    gamma_n = n u / (1 - n u) times the sum of magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, 3.1),
+    with n products and the rounding of each; w's values are exact.
+    """
+    exact = x.astype(np.float64) @ w.values.T.astype(np.float64)
+    magnitude = np.abs(x).astype(np.float64) @ np.abs(w.values).T.astype(np.float64)
+    return exact, _gamma(x.shape[1] + 2) * magnitude + 1e-40
 
 
-def axpy(weights: Float64, rows: npt.NDArray[np.int32], coefficient: Float32, y: Float32) -> tuple[Float64, Float64]:
-    """y [cols] plus the listed rows times their coefficients, and the error bound in fp32."""
-    products = coefficient.astype(np.float64)[:, None] * weights[rows]
-    total = y + products.sum(axis=0)
-    return total, (len(rows) + 3) * UNIT * (np.abs(y) + np.abs(products).sum(axis=0))
+def dot_int8(w: Weights, x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The same with int8 activations: a bound of the error of float32 sums of exact integer products of blocks.
+
+    Kernels may sum unsigned quants and take the offset off in another term, so both count with their magnitude.
+    """
+    count, cols = x.shape
+    quants = w.quants.reshape(len(w.raw), -1, BLOCK)
+    int8 = quantize(x)
+    q = int8.q.astype(np.int64).reshape(count, -1, BLOCK)
+    scale = w.scales[None] * int8.scale.astype(np.float64)[:, None]  # [count, rows, blocks]
+    exact = (np.einsum("rbi,vbi->vrb", quants, q) * scale).sum(axis=2)
+    offset = OFFSET[w.type]
+    terms = np.einsum("rbi,vbi->vrb", quants + offset, np.abs(q)) + offset * np.abs(int8.sum)[:, None]
+    return exact, _gamma(cols // 4 + 3) * (terms * np.abs(scale)).sum(axis=2) + 1e-40
 
 
-def rms_norm(x: Float32, weight: Float32, eps: float) -> Float64:
-    """x / sqrt(mean(x^2) + eps) * weight."""
-    wide = x.astype(np.float64)
-    return wide / np.sqrt(np.mean(wide**2) + eps) * weight
+def axpy(
+    w: Weights, rows: npt.NDArray[np.int32], coefficient: npt.NDArray[np.float32], y: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """y + sum of coefficient[i] * w[rows[i]] and a bound of its float32 error, both [cols]."""
+    parts = coefficient.astype(np.float64)[:, None] * w.values[rows].astype(np.float64)
+    magnitude = np.abs(y) + np.abs(parts).sum(axis=0)
+    return y + parts.sum(axis=0), _gamma(len(rows) + 3) * magnitude + 1e-40
 
 
-def swiglu(gate: Float32, up: Float32) -> Float64:
-    """silu(gate) * up."""
-    wide = gate.astype(np.float64)
+def sigmoid(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     with np.errstate(over="ignore"):
-        return wide / (1 + np.exp(-wide)) * up
+        return 1 / (1 + np.exp(-x))
 
 
-def geglu(gate: Float32, up: Float32) -> Float64:
-    """gelu_tanh(gate) * up (Hendrycks and Gimpel, arXiv 1606.08415, section 2)."""
-    wide = gate.astype(np.float64)
-    inner = np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)
-    # 1 + tanh u without its cancellation at large negative u.
-    with np.errstate(over="ignore"):
-        return wide / (1 + np.exp(-2 * inner)) * up
+def swiglu(gate: npt.NDArray[np.float32], up: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    g = gate.astype(np.float64)
+    return g * sigmoid(g) * up
+
+
+def geglu(gate: npt.NDArray[np.float32], up: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    g = gate.astype(np.float64)
+    return g / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))) * up
+
+
+def _gamma(n: int) -> float:
+    unit = 2.0**-24
+    return n * unit / (1 - n * unit)

@@ -1,0 +1,334 @@
+"""Each kernel of each instruction set that this machine has: against numpy, and against itself in other groupings."""
+
+import numpy as np
+import pytest
+from reference import kernels as reference
+
+from turbosparse._native import kernels
+
+ISAS = kernels.available()
+BLOCKED_COLS = (32, 64, 96, 160, 576, 1536)
+PLAIN_COLS = (1, 2, 3, 5, 7, 33, 1023)
+ROWS = (1, 2, 3, 5, 7, 33)
+SHAPES = [
+    (type, rows, cols)
+    for type in reference.TYPES
+    for cols in (BLOCKED_COLS if type in reference.BLOCKED else (*PLAIN_COLS, 64, 576))
+    for rows in (ROWS if cols in (96, 33) else (7,))
+]
+LENGTHS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 100, 1023)
+
+isa = pytest.mark.parametrize("isa", ISAS)
+shape = pytest.mark.parametrize(("type", "rows", "cols"), SHAPES)
+blocked = pytest.mark.parametrize("type", reference.BLOCKED)
+
+
+def case(isa, type, rows, cols, seed=0):
+    rng = np.random.default_rng([seed, rows, cols])
+    weights = reference.random_weights(rng, type, rows, cols)
+    packed = kernels.Matrix(isa, int(reference.TYPES[type]), rows, cols, weights.raw.reshape(-1))
+    return rng, weights, packed
+
+
+def normal(rng, *shape):
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def lists(rng, rows):
+    """No row, all rows, and rows at random, ascending."""
+    some = np.flatnonzero(rng.random(rows) < 0.4)
+    return [chosen.astype(np.int32) for chosen in (np.arange(0), np.arange(rows), some)]
+
+
+def same_bits(a, b):
+    np.testing.assert_array_equal(np.asarray(a, np.float32).view(np.uint32), np.asarray(b, np.float32).view(np.uint32))
+
+
+def int8_choices(type):
+    return (False, True) if type in reference.BLOCKED else (False,)
+
+
+def test_generic_comes_last():
+    assert ISAS[-1] == "generic"
+    assert len(set(ISAS)) == len(ISAS)
+
+
+@isa
+@shape
+def test_decode_row_is_exact(isa, type, rows, cols):
+    _, weights, packed = case(isa, type, rows, cols)
+    for row in range(rows):
+        np.testing.assert_array_equal(packed.decode_row(row), weights.values[row])
+
+
+@isa
+@shape
+@pytest.mark.parametrize("count", [1, 3])
+def test_dot_fp32(isa, type, rows, cols, count):
+    rng, weights, packed = case(isa, type, rows, cols)
+    x = normal(rng, count, cols)
+    expected, bound = reference.dot(weights, x)
+    out = packed.dot(kernels.Vectors(isa, x, int8=False), 0, rows)
+    assert (np.abs(out - expected) <= bound).all()
+
+
+@isa
+@blocked
+@pytest.mark.parametrize("cols", BLOCKED_COLS)
+def test_dot_int8(isa, type, cols):
+    rng, weights, packed = case(isa, type, 33, cols)
+    x = normal(rng, 3, cols)
+    out = packed.dot(kernels.Vectors(isa, x, int8=True), 0, 33)
+    expected, bound = reference.dot_int8(weights, x)
+    assert (np.abs(out - expected) <= bound).all()
+    # And the activations' rounding moves the product by half a step a column at most.
+    exact, rounding = reference.dot(weights, x)
+    step = np.repeat(reference.quantize(x).scale, reference.BLOCK, axis=1) * 0.501
+    assert (np.abs(out - exact) <= bound + rounding + step @ np.abs(weights.values).T).all()
+
+
+@isa
+@blocked
+def test_dot_int8_of_the_largest_quants_does_not_saturate(isa, type):
+    cols = 576
+    raw = np.zeros((2, cols // 32, reference.BLOCK_BYTES[type]), np.uint8)
+    raw[:, :, :2] = np.frombuffer(np.float16(1).tobytes(), np.uint8)
+    raw[0, :, 2:], raw[1, :, 2:] = {"q4_0": (0x00, 0xFF), "q8_0": (0x80, 0x7F)}[type]
+    packed = kernels.Matrix(isa, int(reference.TYPES[type]), 2, cols, raw.reshape(-1))
+    quants = {"q4_0": (-8, 7), "q8_0": (-128, 127)}[type]
+    for value in (127.0, -127.0):
+        x = kernels.Vectors(isa, np.full((1, cols), value, np.float32), int8=True)
+        np.testing.assert_array_equal(packed.dot(x, 0, 2)[0], [quant * value * cols for quant in quants])
+
+
+@isa
+@shape
+def test_dot_is_the_same_in_any_split_of_rows(isa, type, rows, cols):
+    rng, _, packed = case(isa, type, rows, cols)
+    for int8 in int8_choices(type):
+        for count in (1, 5):
+            x = kernels.Vectors(isa, normal(rng, count, cols), int8=int8)
+            whole = packed.dot(x, 0, rows)
+            assert packed.dot(x, rows, rows).shape == (count, 0)
+            for cut in {1, rows // 2, rows - 1}:
+                same_bits(packed.dot(x, 0, cut), whole[:, :cut])
+                same_bits(packed.dot(x, cut, rows), whole[:, cut:])
+
+
+@isa
+@shape
+def test_listed_rows_equal_a_range(isa, type, rows, cols):
+    rng, _, packed = case(isa, type, rows, cols)
+    for int8 in int8_choices(type):
+        x = kernels.Vectors(isa, normal(rng, 3, cols), int8=int8)
+        whole = packed.dot(x, 0, rows)
+        for chosen in lists(rng, rows):
+            for v in range(3):
+                same_bits(packed.dot_listed(chosen, x, v), whole[v, chosen])
+
+
+@isa
+@pytest.mark.parametrize(("type", "cols"), [("q4_0", 96), ("q4_0", 1536), ("q8_0", 576), ("f16", 33), ("f32", 64)])
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 7, 8, 9, 17, 33])
+def test_many_vectors_equal_one_at_a_time(isa, type, cols, count):
+    rng, _, packed = case(isa, type, 33, cols)
+    x = normal(rng, count, cols)
+    for int8 in int8_choices(type):
+        together = packed.dot(kernels.Vectors(isa, x, int8=int8), 0, 33)
+        for v in range(count):
+            same_bits(together[v], packed.dot(kernels.Vectors(isa, x[v : v + 1], int8=int8), 0, 33)[0])
+
+
+@isa
+@shape
+def test_axpy(isa, type, rows, cols):
+    rng, weights, packed = case(isa, type, rows, cols)
+    for chosen in lists(rng, rows):
+        coefficient, y = normal(rng, len(chosen)), normal(rng, cols)
+        expected, bound = reference.axpy(weights, chosen, coefficient, y)
+        out = y.copy()
+        packed.axpy_listed(chosen, coefficient, out)
+        assert (np.abs(out - expected) <= bound).all()
+
+
+@isa
+@shape
+def test_axpy_of_a_list_equals_row_by_row(isa, type, rows, cols):
+    rng, _, packed = case(isa, type, rows, cols)
+    for chosen in lists(rng, rows):
+        coefficient, together = normal(rng, len(chosen)), normal(rng, cols)
+        single = together.copy()
+        packed.axpy_listed(chosen, coefficient, together)
+        for i in range(len(chosen)):
+            packed.axpy_listed(chosen[i : i + 1], coefficient[i : i + 1], single)
+        same_bits(together, single)
+
+
+@isa
+@shape
+def test_a_coefficient_of_zero_changes_nothing(isa, type, rows, cols):
+    """The promise behind exact sparsity: skipping a neuron whose h is zero gives the bits of not skipping it."""
+    rng, _, packed = case(isa, type, rows, cols)
+    every = np.arange(rows, dtype=np.int32)
+    coefficient = normal(rng, rows)
+    coefficient[rng.random(rows) < 0.5] = 0
+    coefficient[-1] = -0.0
+    dense = normal(rng, cols)
+    sparse = dense.copy()
+    packed.axpy_listed(every, coefficient, dense)
+    firing = np.flatnonzero(coefficient).astype(np.int32)
+    packed.axpy_listed(firing, coefficient[firing], sparse)
+    same_bits(dense, sparse)
+
+
+@isa
+@pytest.mark.parametrize("cols", (*BLOCKED_COLS, 1024, 992))
+def test_quantize(isa, cols):
+    rng = np.random.default_rng(cols)
+    x = normal(rng, cols) * np.repeat(np.float32(10) ** rng.integers(-20, 20, cols // 32), 32).astype(np.float32)
+    x[-32:] = np.arange(32) % 4 + 0.5  # ties
+    x[-32] = 127
+    if cols > 64:
+        x[:32] = 0
+        x[32:64] = 1e-42
+    q, scale, total = kernels.quantize(isa, x)
+    expected = reference.quantize(x[None])
+    np.testing.assert_array_equal(scale, expected.scale[0])
+    np.testing.assert_array_equal(total, expected.sum[0])
+    np.testing.assert_array_equal(q, expected.q[0][reference.packed_order(cols)])
+
+
+@isa
+@blocked
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_a_poisoned_activation_shows_in_every_product(isa, type, poison):
+    rng, _, packed = case(isa, type, 7, 96)
+    x = normal(rng, 1, 96)
+    x[0, 40] = poison
+    assert not np.isfinite(packed.dot(kernels.Vectors(isa, x, int8=True), 0, 7)).any()
+
+
+@isa
+@pytest.mark.parametrize("n", LENGTHS)
+def test_positive(isa, n):
+    rng = np.random.default_rng(n)
+    x = normal(rng, n)
+    x[rng.random(n) < 0.2] = 0
+    x[rng.random(n) < 0.1] = -0.0
+    x[rng.random(n) < 0.1] = np.nan
+    x[rng.random(n) < 0.1] = 1e-42  # subnormal, but positive
+    for values in (x, np.abs(normal(rng, n)) + 1, -np.abs(x)):
+        values = np.ascontiguousarray(values, np.float32)
+        np.testing.assert_array_equal(kernels.positive(isa, values), np.flatnonzero(values > 0))
+
+
+@isa
+@pytest.mark.parametrize("n", LENGTHS)
+def test_attention_products(isa, n):
+    rng = np.random.default_rng(n)
+    a, b, y = normal(rng, n), normal(rng, n), normal(rng, n)
+    half = b.astype(np.float16)
+    for values, out_dot, axpy, argument in (
+        (b, kernels.dot_f32(isa, a, b), kernels.axpy_f32, b),
+        (half, kernels.dot_f16(isa, a, half.view(np.uint16)), kernels.axpy_f16, half.view(np.uint16)),
+    ):
+        wide = values.astype(np.float64)
+        assert abs(out_dot - a @ wide) <= (n + 1) * 2.0**-24 * (np.abs(a) @ np.abs(wide)) * 1.01
+        out = y.copy()
+        axpy(isa, 0.7, argument, out)
+        parts = float(np.float32(0.7)) * wide
+        assert (np.abs(out - (y + parts)) <= 2.0**-23 * (np.abs(y) + np.abs(parts))).all()
+
+
+@isa
+def test_f16_both_ways_for_every_bit_pattern(isa):
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    bits = bits[~np.isnan(bits.view(np.float16))]
+    exact = bits.view(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(kernels.to_f16(isa, exact), bits)
+    packed = kernels.Matrix(isa, int(reference.TYPES["f16"]), 1, len(bits), bits.view(np.uint8))
+    np.testing.assert_array_equal(packed.decode_row(0), exact)
+
+
+@isa
+@pytest.mark.parametrize("n", LENGTHS)
+def test_to_f16_rounds_to_nearest_even(isa, n):
+    rng = np.random.default_rng(n)
+    x = (normal(rng, n) * 10.0 ** rng.integers(-9, 6, n)).astype(np.float32)
+    if n > 2:
+        x[:3] = 1 + 2.0**-11, 1 + 3 * 2.0**-11, 65520
+    with np.errstate(over="ignore"):
+        expected = x.astype(np.float16)
+    np.testing.assert_array_equal(kernels.to_f16(isa, x), expected.view(np.uint16))
+
+
+@isa
+@pytest.mark.parametrize("n", LENGTHS[1:])
+def test_exp_sum(isa, n):
+    rng = np.random.default_rng(n)
+    x = (normal(rng, n) * 30).astype(np.float32)
+    x[rng.random(n) < 0.1] = -np.inf
+    x[0] = x.max() if np.isfinite(x.max()) else 0.0
+    top = np.float32(x.max())
+    expected = np.exp((x - top).astype(np.float64))
+    out = x.copy()
+    total = kernels.exp_sum(isa, out, float(top))
+    smallest = float(np.finfo(np.float32).smallest_normal)  # below, only the absolute error is bounded
+    assert (np.abs(out - expected) <= 2 * 2.0**-23 * np.maximum(expected, smallest)).all()
+    assert abs(total - out.astype(np.float64).sum()) <= n * 2.0**-24 * total * 1.01
+    assert out[x == -np.inf].sum() == 0
+
+
+@isa
+def test_exp_of_extremes(isa):
+    x = np.array([-np.inf, -200, -104, -87.5, 0, 88.7, 89, 300, np.nan], np.float32)
+    kernels.exp_sum(isa, x, 0.0)
+    assert (x[:2] == 0).all() and 0 <= x[2] < 1e-44 and x[3] == pytest.approx(np.exp(-87.5), rel=1e-6) and x[4] == 1
+    assert x[5] == pytest.approx(np.exp(np.float64(np.float32(88.7))), rel=3e-7)
+    assert np.isinf(x[6:8]).all() and np.isnan(x[8])
+
+
+@isa
+@pytest.mark.parametrize("n", LENGTHS[1:])
+def test_rms_norm(isa, n):
+    rng = np.random.default_rng(n)
+    x, weight, eps = normal(rng, n) * 3, normal(rng, n), 1e-5
+    expected = x / np.sqrt((x.astype(np.float64) ** 2).mean() + eps) * weight
+    assert (np.abs(kernels.rms_norm(isa, x, weight, eps) - expected) <= (n + 8) * 2.0**-24 * np.abs(expected)).all()
+
+
+@isa
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+def test_gated_activations(isa, n, name):
+    rng = np.random.default_rng(n)
+    gate, up = normal(rng, n) * 4, normal(rng, n)
+    gate[n // 2 :] *= 8
+    expected = getattr(reference, name)(gate, up)
+    out = getattr(kernels, name)(isa, gate, up)
+    # exp of a rounded argument u errs by |u| 2^-24 of itself, which passes on where the sigmoid is steep or small.
+    argument = np.abs(gate) if name == "swiglu" else 1.6 * np.abs(gate) * (1 + 0.045 * gate**2)
+    bound = (8 + 4 * np.minimum(argument, 104)) * 2.0**-24 * np.abs(expected)
+    # Where tanh is -1 but for rounding, float64's own reference has lost its digits.
+    assert (np.abs(out - expected) <= bound + 1e-14 * np.abs(gate * up) + 1e-38).all()
+
+
+def test_wrong_sizes_are_refused():
+    isa = ISAS[-1]
+    _, weights, packed = case(isa, "q4_0", 3, 64)
+    x = kernels.Vectors(isa, np.zeros((1, 64), np.float32), int8=True)
+    one = np.zeros(1, np.float32)
+    with pytest.raises(ValueError, match="instruction set"):
+        kernels.quantize("none", np.zeros(32, np.float32))
+    with pytest.raises(ValueError):
+        kernels.Matrix(isa, int(reference.TYPES["q4_0"]), 3, 65, weights.raw.reshape(-1))
+    with pytest.raises(ValueError):
+        kernels.Matrix(isa, int(reference.TYPES["q4_0"]), 4, 64, weights.raw.reshape(-1))
+    with pytest.raises(ValueError):
+        packed.dot(x, 0, 4)
+    with pytest.raises(ValueError):
+        packed.dot_listed(np.array([3], np.int32), x, 0)
+    with pytest.raises(ValueError):
+        packed.axpy_listed(np.array([0], np.int32), one, one)
+    with pytest.raises(ValueError):
+        packed.decode_row(3)
