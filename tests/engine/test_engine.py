@@ -1,0 +1,250 @@
+"""The whole engine on tiny models of every family: right against transformers, and bitwise the same however it is run."""
+
+import numpy as np
+import pytest
+import torch
+from factories import FAMILY_NAMES
+from transformers import AutoModelForCausalLM
+
+import turbosparse  # noqa: F401  registers the sparse model types
+from turbosparse import _native
+from turbosparse.engine import Engine, SamplingParams
+from turbosparse.errors import UserError
+
+TOKENS = [int(token) for token in np.random.default_rng(3).integers(3, 300, size=101)]  # a block and an odd rest
+
+
+def equal_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+@pytest.mark.parametrize("activation", ["dense", "drelu", "reglu"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_fp32_logits_are_those_of_transformers(tiny_folder, tiny_gguf, family, activation):
+    engine = Engine.load(tiny_gguf(family, activation), compute="f32")
+    model = AutoModelForCausalLM.from_pretrained(  # eager: transformers' sdpa leaves out Gemma 2's softcap
+        tiny_folder(family, activation), dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        theirs = model(torch.tensor([TOKENS])).logits[0].numpy()
+    for mode in engine.modes:
+        ours = engine.session().logits(TOKENS, mode)
+        error = np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)
+        assert error.max() < 1e-4, mode
+
+
+@pytest.mark.parametrize("quant", ["q4_0", "q8_0", "f16", "f32"])
+@pytest.mark.parametrize("isa", _native.isas())
+def test_decode_prefill_threads_and_modes_give_the_same_bits(tiny_gguf, isa, quant):
+    path = tiny_gguf("llama", "drelu", quant)
+    reference = None
+    for threads in (1, 2, 3, 5):
+        engine = Engine.load(path, threads=threads, isa=isa)
+        assert (engine.isa, engine.threads) == (isa, threads)
+        for mode in ("dense", "exact"):
+            blocks = engine.session().logits(TOKENS, mode)
+            session = engine.session()
+            single = np.stack([session.decode(token, mode) for token in TOKENS])
+            reference = blocks if reference is None else reference
+            assert equal_bits(blocks, reference) and equal_bits(single, reference), (threads, mode)
+
+
+@pytest.mark.parametrize("activation", ["drelu", "reglu"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("compute", ["int8", "f32"])
+def test_exact_is_dense_in_every_family(tiny_gguf, family, activation, compute):
+    engine = Engine.load(tiny_gguf(family, activation, "q8_0"), compute=compute, threads=2)
+    dense, exact = engine.session(), engine.session()
+    assert equal_bits(dense.prefill(TOKENS[:70], "dense"), exact.prefill(TOKENS[:70], "exact"))
+    for token in TOKENS[70:]:
+        assert equal_bits(dense.decode(token, "dense"), exact.decode(token, "exact"))
+
+
+@pytest.mark.parametrize("split", [1, 2, 63, 64, 65, 100])
+def test_a_prompt_in_pieces_is_the_whole_prompt(tiny_gguf, split):
+    engine = Engine.load(tiny_gguf("gemma3", "drelu", "q4_0"))
+    whole, pieces = engine.session(), engine.session()
+    expected = whole.prefill(TOKENS)
+    pieces.prefill(TOKENS[:split])
+    assert equal_bits(pieces.prefill(TOKENS[split:]), expected)
+    assert pieces.position == len(TOKENS)
+
+
+def test_sessions_do_not_disturb_each_other(tiny_gguf):
+    engine = Engine.load(tiny_gguf("qwen3", "dense", "q8_0"))
+    alone = engine.session().logits(TOKENS[:20])
+    a, b = engine.session(), engine.session()
+    rows = []
+    for token in TOKENS[:20]:
+        rows.append(a.decode(token))
+        b.decode(7)
+    assert equal_bits(np.stack(rows), alone)
+    a.reset()
+    assert a.position == 0 and equal_bits(a.logits(TOKENS[:20]), alone)
+
+
+@pytest.mark.parametrize("mode", ["dense", "exact"])
+def test_traffic_counts_the_rows_that_are_read(tiny_gguf, mode):
+    engine = Engine.load(tiny_gguf("llama", "drelu", "q8_0"), threads=3)
+    session = engine.session()
+    session.prefill(TOKENS[:5], mode)
+    assert engine.traffic().tokens == 0 and engine.traffic().sparsity is None
+    for token in TOKENS[5:9]:
+        session.decode(token, mode)
+    traffic = engine.traffic(reset=True)
+    c = engine.config
+    row = c.hidden_size // 32 * 34
+    q_size, kv_size = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    fixed = c.n_layers * ((q_size + 2 * kv_size) * row + c.hidden_size * (q_size // 32 * 34)) + (c.vocab_size + 1) * row
+    neurons = c.n_layers * c.ffn_size
+    rows = 3 * neurons if mode == "dense" else neurons * (1 + traffic.open + traffic.active)
+    assert traffic.bytes == 4 * fixed + round(4 * rows) * row
+    assert 0 < traffic.active < traffic.open < 1 and traffic.sparsity == 1 - traffic.active
+    assert engine.traffic().tokens == 0
+
+
+@pytest.mark.parametrize("activation", ["drelu", "reglu"])
+def test_counters_are_what_the_taps_of_the_reference_see(tiny_folder, tiny_gguf, activation):
+    engine = Engine.load(tiny_gguf("llama", activation), compute="f32", threads=2)
+    engine.count_activations()
+    engine.session().logits(TOKENS, "dense")
+    counts = engine.counters(reset=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama", activation), dtype=torch.float32)
+    for index, layer in enumerate(model.model.layers):
+
+        def tap(gate: torch.Tensor, up: torch.Tensor, index: int = index) -> None:
+            fires = (gate > 0) & ((up > 0) if activation == "drelu" else (up != 0))
+            for ours, theirs in ((counts.gate, gate > 0), (counts.up, up > 0), (counts.h, fires)):
+                difference = np.abs(ours[index] - theirs[0].sum(0).numpy())
+                assert difference.max() <= 1 and difference.mean() < 0.01  # a pre-activation within rounding of zero
+
+        layer.mlp.tap = tap
+    with torch.no_grad():
+        model(torch.tensor([TOKENS]))
+    assert counts.tokens == len(TOKENS) and counts.h.shape == (engine.config.n_layers, engine.config.ffn_size)
+    assert engine.counters().tokens == 0 and not engine.counters().h.any()
+
+
+def test_counting_changes_no_bit_and_agrees_between_prompt_and_decoding(tiny_gguf):
+    engine = Engine.load(tiny_gguf("mistral", "drelu", "q4_0"), threads=2)
+    plain = engine.session().logits(TOKENS, "exact")
+    engine.count_activations()
+    counted = engine.session().logits(TOKENS, "exact")
+    prompt = engine.counters(reset=True)
+    session = engine.session()
+    decoded = np.stack([session.decode(token, "exact") for token in TOKENS])
+    single = engine.counters()
+    assert equal_bits(plain, counted) and equal_bits(plain, decoded)
+    for name in ("gate", "up", "h"):
+        assert np.array_equal(getattr(prompt, name), getattr(single, name)) and getattr(prompt, name).any()
+
+
+def test_what_cannot_be_run_is_said_in_one_sentence(tiny_gguf, tmp_path):
+    path = tiny_gguf("llama", "dense", "q8_0")
+    engine = Engine.load(path)
+    with pytest.raises(UserError, match="mode exact"):
+        engine.session().decode(5, "exact")
+    with pytest.raises(UserError, match="do not fit the context of 16"):
+        engine.session(16).prefill(list(range(3, 20)))
+    with pytest.raises(UserError, match="--ctx"):
+        engine.session(1 << 30)
+    with pytest.raises(UserError, match="no tokens"):
+        engine.session().prefill([])
+    with pytest.raises(UserError, match="--isa sse9"):
+        Engine.load(path, isa="sse9")
+    with pytest.raises(UserError, match="--compute bf8"):
+        Engine.load(path, compute="bf8")
+    with pytest.raises(ValueError, match="outside of the vocabulary"):
+        engine.session().prefill([engine.config.vocab_size])
+    full = engine.session(4)
+    full.prefill([3, 4, 5, 6])
+    with pytest.raises(UserError, match="4 of it used"):
+        full.decode(7)
+
+
+def test_other_quantisations_are_converted_at_load_with_progress(tiny_folder, tmp_path):
+    """A file in Q4_1 and Q6_K, as others write them: fp32 is exact, int8 near it."""
+    import gguf
+
+    from turbosparse.model.export import export_gguf
+    from turbosparse.model.gguf import GGUFFile
+
+    source = tmp_path / "f32.gguf"
+    export_gguf(tiny_folder("qwen2"), source, "f32")
+    path = tmp_path / "q4_1.gguf"
+    with GGUFFile.open(source) as file:
+        rewrite(file, path, gguf.GGMLQuantizationType.Q4_1)
+    seen = []
+    exact = Engine.load(path, compute="f32", progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] > 0 and seen == sorted(seen)
+    fast = Engine.load(path)
+    a, b = exact.session().logits(TOKENS), fast.session().logits(TOKENS)
+    error = np.linalg.norm(a - b, axis=-1) / np.linalg.norm(a, axis=-1)
+    assert 0 < error.max() < 0.1  # 8-bit activations and weights: about 1 % a product, over two layers
+
+
+def rewrite(file, path, kind) -> None:
+    """Write a GGUF file again with its matrices in another type."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, file.metadata["general.architecture"])
+    for key, value in file.metadata.items():
+        if key == "general.architecture":
+            continue
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, list(value))
+    for name, tensor in file.tensors.items():
+        values = np.frombuffer(tensor.data, np.float32).reshape(tensor.shape)
+        if values.ndim == 1:
+            writer.add_tensor(name, values)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_greedy_takes_the_lowest_id_among_equals_and_never_nan():
+    logits = np.array([1.0, 3.0, 3.0, np.nan], np.float32)
+    assert _native.sample(logits, [], 0, 0.0, 0, 1.0, 0.0, 1.0, 0) == 1
+
+
+def test_draws_follow_the_distribution_and_depend_on_seed_and_position_alone():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+
+    def draw(position: int, **changes: float) -> int:
+        settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 11}
+        settings.update(changes)
+        return _native.sample(logits, [], position, **settings)
+
+    draws = [draw(position) for position in range(20000)]
+    assert draws == [draw(position) for position in range(20000)]
+    shares = np.bincount(draws, minlength=4) / len(draws)
+    assert np.abs(shares - [0.5, 0.3, 0.15, 0.05]).max() < 0.015  # over four standard errors
+    assert draws[:50] != [draw(position, seed=12) for position in range(50)]
+    assert {draw(position, top_k=2) for position in range(300)} == {0, 1}
+    assert {draw(position, top_p=0.75) for position in range(300)} == {0, 1}
+    assert {draw(position, min_p=0.2) for position in range(300)} == {0, 1, 2}
+    cold = np.bincount([draw(position, temperature=0.25) for position in range(2000)], minlength=4) / 2000
+    assert cold[0] > 0.85
+
+
+def test_the_repetition_penalty_lowers_what_was_said():
+    logits = np.array([2.0, 1.9, -1.0], np.float32)
+    assert _native.sample(logits, [0, 0], 0, 0.0, 0, 1.0, 0.0, 1.5, 0) == 1
+    assert _native.sample(logits, [0], 0, 0.0, 0, 1.0, 0.0, 1.01, 0) == 0
+
+
+@pytest.mark.parametrize("change", [{"temperature": -1.0}, {"top_p": 0.0}, {"min_p": 2.0}, {"repetition_penalty": 0.0}])
+def test_impossible_sampling_settings(change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        SamplingParams(**change)
