@@ -1,4 +1,4 @@
-"""The whole engine on tiny models of every family: right against transformers, and bitwise the same however it is run."""
+"""The engine on tiny models of every family: right against transformers, and bitwise the same however it is run."""
 
 import numpy as np
 import pytest

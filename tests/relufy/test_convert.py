@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import turbosparse
 from turbosparse.errors import UserError
 from turbosparse.relufy.convert import convert
 from turbosparse.relufy.drelu import FAMILIES, SparseGLU, drelu, reglu
@@ -108,6 +109,7 @@ def _load_elsewhere(
 ) -> subprocess.CompletedProcess[str]:
     """Load `folder` in a new process, far from this package unless `imports` asks for it."""
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(turbosparse.__file__).parents[1])
     if "turbosparse" not in imports:
         environment["PYTHONPATH"] = str(_without_turbosparse(tmp_path))
     script = _LOAD.format(imports=imports, options=options)

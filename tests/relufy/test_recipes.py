@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_mistakes_give_one_sentence_that_names_the_key(tmp_path, monkeypatch, ed
 
 
 def test_missing_recipe(tmp_path):
-    with pytest.raises(UserError, match="nothing.yaml"):
+    with pytest.raises(UserError, match=r"nothing\.yaml"):
         load_recipe(tmp_path / "nothing.yaml")
 
 
@@ -67,4 +68,4 @@ def test_learning_rate_warms_up_and_ends_at_its_final_share(tmp_path, monkeypatc
     assert learning_rate_share(stage, 0.1) == pytest.approx(1.0)
     assert learning_rate_share(stage, 1.0) == pytest.approx(1.0 if schedule == "constant" else 0.2)
     shares = [learning_rate_share(stage, i / 100) for i in range(10, 101)]
-    assert all(a >= b for a, b in zip(shares, shares[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(shares))

@@ -162,7 +162,8 @@ def test_another_recipe_cannot_resume_a_run(folder, whole_run):
 
 
 def test_a_dense_control_trains_with_the_same_code(folder):
-    stages = "\n - {name: adapt, objective: cross_entropy, tokens: 320, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2}"
+    sizes = "tokens: 320, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2"
+    stages = f"\n - {{name: adapt, objective: cross_entropy, {sizes}}}"
     result = train_from_recipe(_recipe(folder, "control", model="dense", stages=stages))
     assert result["stages"]["adapt"]["eval_ce"] < np.log(64)
     assert "eval_sparsity_h" not in result["stages"]["adapt"]

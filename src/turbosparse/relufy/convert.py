@@ -10,17 +10,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from turbosparse.errors import UserError
-from turbosparse.model.pretokenizers import PRE_TOKENIZERS
 from turbosparse.relufy.drelu import ACTIVATIONS, FAMILIES, check_dense
 
 KEEP = "keep"
@@ -109,17 +108,18 @@ def _download(hub_id: str) -> Path:
 
 
 def _read_gguf(path: Path, folder: Path) -> None:
-    """Dequantise a GGUF file to float32 through transformers, which also rebuilds its tokenizer."""
+    """Dequantise a GGUF file to float32 through transformers; the tokenizer is ours, as theirs is another."""
     from turbosparse.model.config import ModelConfig
     from turbosparse.model.gguf import GGUFFile
+    from turbosparse.model.tokenizer import Tokenizer
 
-    file = GGUFFile.open(path)
-    config = ModelConfig.from_gguf(file)  # bounds everything before a less careful reader sees the file
+    with GGUFFile.open(path) as file:  # bounds everything before a less careful reader sees the file
+        config = ModelConfig.from_gguf(file)
+        tokenizer = Tokenizer.from_gguf(file)
     if config.sparse:
         raise UserError(f"{path}: is a {config.activation} model already; convert the dense one.")
     try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, NotImplementedError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path}: transformers cannot read it ({reason}); use the Hugging Face folder.") from None
@@ -127,22 +127,7 @@ def _read_gguf(path: Path, folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
-    _repair_tokenizer(tokenizer, file.metadata)
-    tokenizer.save_pretrained(folder)
-
-
-def _repair_tokenizer(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
-    """Set what transformers 5.17 does not read from a GGUF file: which tokens are special, how text is cut into words."""
-    tokens = metadata["tokenizer.ggml.tokens"]
-    for attribute, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if isinstance(token_id, int) and 0 <= token_id < len(tokens):
-            setattr(tokenizer, f"{attribute}_token", tokens[token_id])
-    cuts = PRE_TOKENIZERS.get(metadata.get("tokenizer.ggml.pre", ""))
-    if metadata.get("tokenizer.ggml.model") == "gpt2" and cuts is not None:
-        tokenizer.backend_tokenizer.pre_tokenizer = cuts.build()
-        if normalizer := cuts.normalizer():
-            tokenizer.backend_tokenizer.normalizer = normalizer
+    tokenizer.save_hf(folder)
 
 
 def _checked_config(source: str, folder: Path) -> Any:

@@ -43,7 +43,7 @@ def _texts(source: TextSource, tokenizer: Any) -> Iterator[str]:
         yield from (row[source.text_field] for row in rows)
         return
     for file in _files(source):
-        for record in read_records(file):
+        for record in read_records(file, source.text_field):
             if "messages" in record:
                 yield tokenizer.apply_chat_template(record["messages"], tokenize=False)
             else:
@@ -105,8 +105,8 @@ def tokenize(source: TextSource, tokenizer: Any, cache: Path) -> npt.NDArray[np.
 class Mixture(Dataset[dict[str, Any]]):
     """`n_samples` windows of `context` tokens, drawn from several sources by weight.
 
-    Within a source every epoch visits every window once, in a new order and from a new starting offset, so that a second
-    epoch cuts the text elsewhere. Items: {"input_ids": int64 [context], "domain": int, the index of the source}.
+    Within a source every epoch visits every window once, in a new order and from a new starting offset, so that a
+    second epoch cuts the text elsewhere. Items: {"input_ids": int64 [context], "domain": int, the index of the source}.
     """
 
     def __init__(

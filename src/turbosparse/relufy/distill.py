@@ -43,14 +43,15 @@ def _chunk_loss(
     ce_N = log_norm_N - logits_NV.gather(-1, labels_N[:, None])[:, 0]
     if teacher_NV is None:
         return ce_N.sum(), ce_N.detach()
-    # H(q, p) for q = share * teacher + (1 - share) * one-hot: the entropy of q is constant, so this is KL up to a constant.
+    # H(q, p) for q = share * teacher + (1 - share) * one-hot: the entropy of q is constant, so this is KL up to a
+    # constant.
     expected_N = (F.softmax(teacher_NV.float(), dim=-1) * logits_NV).sum(-1)
     return (share * (log_norm_N - expected_N) + (1 - share) * ce_N).sum(), ce_N.detach()
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_ND: Tensor,
         weight_VD: Tensor,
@@ -80,7 +81,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total / n, ce_N
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         return grad_hidden_ND * grad_loss, grad_weight_VD * grad_loss, None, None, None, None, None
 
@@ -112,7 +113,7 @@ def mixed_cross_entropy(
         the loss, a float32 scalar, and the plain cross-entropy of every token, float32 [N], without gradient.
     """
     chunk_loss = _compiled_chunk_loss() if compiled else _chunk_loss
-    return _ChunkedLoss.apply(hidden_ND, weight_VD, labels_N, softcap, teacher, share, chunk_loss)  # type: ignore[no-any-return]
+    return _ChunkedLoss.apply(hidden_ND, weight_VD, labels_N, softcap, teacher, share, chunk_loss)
 
 
 def token_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, softcap: float | None = None) -> Tensor:

@@ -5,8 +5,8 @@
     ReGLU   h = relu(gate) * up            GLU Variants Improve Transformer, arXiv 2002.05202
             y = h @ W_down.T               gate = x @ W_gate.T, up = x @ W_up.T, plus biases where the family has them
 
-Every folder with such a model holds a copy of this file, `modeling_turbosparse.py`, named in its `auto_map`; so it needs
-torch and transformers and nothing else.
+Every folder with such a model holds a copy of this file, `modeling_turbosparse.py`, named in its `auto_map`; so it
+needs torch and transformers and nothing else.
 
 A model keeps everything of its family but the activation. Taken for its family it would run, and talk nonsense. So its
 `model_type` is its own, and what stands in its config where the family names an activation is no activation that
@@ -136,11 +136,11 @@ class _SparseModel:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         activation = config.checked_activation()
-        # The family builds dense blocks, whose projections are kept. Its layers share the config object, so the name that
-        # it does not know is hidden for that long instead of handing over a copy.
+        # The family builds dense blocks, whose projections are kept. Its layers share the config object, so the name
+        # that it does not know is hidden for that long instead of handing over a copy.
         setattr(config, config.activation_key, "relu")
         try:
-            super().__init__(config, *args, **kwargs)
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         finally:
             setattr(config, config.activation_key, activation)
         for layer in self.model.layers:  # type: ignore[attr-defined]
@@ -148,59 +148,59 @@ class _SparseModel:
             layer.mlp = SparseGLU(dense.gate_proj, dense.up_proj, dense.down_proj, activation)
 
 
-class TurboSparseLlamaConfig(_SparseConfig, LlamaConfig):  # type: ignore[misc]
+class TurboSparseLlamaConfig(_SparseConfig, LlamaConfig):
     model_type = "turbosparse_llama"
     hidden_act: str = ""
 
 
-class TurboSparseLlamaForCausalLM(_SparseModel, LlamaForCausalLM):  # type: ignore[misc]
+class TurboSparseLlamaForCausalLM(_SparseModel, LlamaForCausalLM):
     config_class = TurboSparseLlamaConfig
 
 
-class TurboSparseMistralConfig(_SparseConfig, MistralConfig):  # type: ignore[misc]
+class TurboSparseMistralConfig(_SparseConfig, MistralConfig):
     model_type = "turbosparse_mistral"
     hidden_act: str = ""
 
 
-class TurboSparseMistralForCausalLM(_SparseModel, MistralForCausalLM):  # type: ignore[misc]
+class TurboSparseMistralForCausalLM(_SparseModel, MistralForCausalLM):
     config_class = TurboSparseMistralConfig
 
 
-class TurboSparseQwen2Config(_SparseConfig, Qwen2Config):  # type: ignore[misc]
+class TurboSparseQwen2Config(_SparseConfig, Qwen2Config):
     model_type = "turbosparse_qwen2"
     hidden_act: str = ""
 
 
-class TurboSparseQwen2ForCausalLM(_SparseModel, Qwen2ForCausalLM):  # type: ignore[misc]
+class TurboSparseQwen2ForCausalLM(_SparseModel, Qwen2ForCausalLM):
     config_class = TurboSparseQwen2Config
 
 
-class TurboSparseQwen3Config(_SparseConfig, Qwen3Config):  # type: ignore[misc]
+class TurboSparseQwen3Config(_SparseConfig, Qwen3Config):
     model_type = "turbosparse_qwen3"
     hidden_act: str = ""
 
 
-class TurboSparseQwen3ForCausalLM(_SparseModel, Qwen3ForCausalLM):  # type: ignore[misc]
+class TurboSparseQwen3ForCausalLM(_SparseModel, Qwen3ForCausalLM):
     config_class = TurboSparseQwen3Config
 
 
-class TurboSparseGemma2Config(_SparseConfig, Gemma2Config):  # type: ignore[misc]
+class TurboSparseGemma2Config(_SparseConfig, Gemma2Config):
     model_type = "turbosparse_gemma2"
     activation_key = "hidden_activation"
     hidden_activation: str = ""
 
 
-class TurboSparseGemma2ForCausalLM(_SparseModel, Gemma2ForCausalLM):  # type: ignore[misc]
+class TurboSparseGemma2ForCausalLM(_SparseModel, Gemma2ForCausalLM):
     config_class = TurboSparseGemma2Config
 
 
-class TurboSparseGemma3TextConfig(_SparseConfig, Gemma3TextConfig):  # type: ignore[misc]
+class TurboSparseGemma3TextConfig(_SparseConfig, Gemma3TextConfig):
     model_type = "turbosparse_gemma3_text"
     activation_key = "hidden_activation"
     hidden_activation: str = ""
 
 
-class TurboSparseGemma3TextForCausalLM(_SparseModel, Gemma3ForCausalLM):  # type: ignore[misc]
+class TurboSparseGemma3TextForCausalLM(_SparseModel, Gemma3ForCausalLM):
     config_class = TurboSparseGemma3TextConfig
 
 

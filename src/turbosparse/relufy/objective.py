@@ -1,7 +1,7 @@
 """What a stage of recovery training minimises.
 
-An objective is called with a batch and the progress of the stage and returns a `Loss`: the scalar to minimise and what to
-log. Shapes: B windows, T tokens, D hidden, F neurons.
+An objective is called with a batch and the progress of the stage and returns a `Loss`: the scalar to minimise and what
+to log. Shapes: B windows, T tokens, D hidden, F neurons.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from turbosparse.relufy.sparsity import SparsityPressure, attach_taps
 
 @dataclass
 class Loss:
-    """`total` has the gradient; `metrics` are detached scalars or small vectors, left on the device until they are logged."""
+    """`total` has the gradient; `metrics` are detached scalars or vectors, left on the device until they are logged."""
 
     total: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class _SparsityTerm:
 
 
 class NextToken:
-    """Cross-entropy on the text, with a teacher's probabilities mixed in where one is given, plus the sparsity penalty."""
+    """Cross-entropy on the text, mixed with a teacher's probabilities where one is given, plus the sparsity penalty."""
 
     def __init__(
         self,
@@ -119,7 +119,8 @@ class Layerwise:
     """Every sparse FFN learns, on the teacher's hidden states, to give the output of the teacher's FFN.
 
     The loss is the relative squared error ||y' - y||^2 / ||y||^2, mean over layers: each layer counts the same whatever
-    the size of its output. The layers do not see each other's errors, which makes this stage cheap and a start, not an end.
+    the size of its output. The layers do not see each other's errors, which makes this stage cheap and a start, not an
+    end.
     """
 
     def __init__(self, student: Any, teacher: Any, sparsity: Sparsity | None, dtype: torch.dtype | None = None) -> None:

@@ -73,7 +73,7 @@ class Sparsity(_Strict):
 
 
 class Distillation(_Strict):
-    """Learn from a teacher's token probabilities, mixed with the text itself: `share` * teacher + (1 - share) * text."""
+    """Learn from a teacher's token probabilities, mixed with the text: `share` * teacher + (1 - share) * text."""
 
     teacher: str
     share: float = Field(default=0.9, ge=0, le=1)

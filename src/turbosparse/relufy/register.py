@@ -1,8 +1,8 @@
 """Teach transformers' Auto classes our model types, without importing torch or transformers to do it.
 
-`import turbosparse` sets a hook: once transformers' table of configs is imported, a look-up of a `turbosparse_*` type in
-it first brings in drelu.py. Waiting for the look-up and not only for the import keeps AutoTokenizer as light as it was,
-and avoids importing model code in the middle of transformers' own circular imports.
+`import turbosparse` sets a hook: once transformers' table of configs is imported, a look-up of a `turbosparse_*` type
+in it first brings in drelu.py. Waiting for the look-up and not only for the import keeps AutoTokenizer as light as it
+was, and avoids importing model code in the middle of transformers' own circular imports.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ def soft_count(gate_BTF: Tensor, up_BTF: Tensor, gate_only: bool = False) -> Ten
         gate_only: for ReGLU, where only the gate decides whether a neuron is active.
 
     Returns:
-        float32 scalar in 0..1. s_g and s_u are standard deviations over all tokens and neurons, without gradient, so that
-        the penalty cannot be lowered by shrinking the weights. It acts on pre-activations: a neuron that is off feels no
-        pull from an L1 penalty on h, but feels this one while it is near its threshold.
+        float32 scalar in 0..1. s_g and s_u are standard deviations over all tokens and neurons, without gradient, so
+        that the penalty cannot be lowered by shrinking the weights. It acts on pre-activations: a neuron that is off
+        feels no pull from an L1 penalty on h, but feels this one while it is near its threshold.
     """
 
     def openness(pre: Tensor) -> Tensor:

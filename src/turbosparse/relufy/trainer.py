@@ -57,7 +57,7 @@ class RecoveryTrainer(Trainer):
     def _progress(self) -> float:
         return float(self.state.global_step) / max(1, self.state.max_steps)
 
-    def compute_loss(  # type: ignore[override]
+    def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         with torch.autocast(self.args.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
@@ -95,7 +95,7 @@ class RecoveryTrainer(Trainer):
         (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / _COMPLETE).touch()
 
 
-class _TimeLimit(TrainerCallback):  # type: ignore[misc]
+class _TimeLimit(TrainerCallback):
     """Stops a stage, with a checkpoint to resume from, once its time is up."""
 
     def __init__(self, max_seconds: float | None) -> None:
@@ -162,7 +162,9 @@ def _load_tokenizer(folder: str) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: cannot load the tokenizer ({first}); put its tokenizer.json beside the model") from None
+        raise UserError(
+            f"{folder}: cannot load the tokenizer ({first}); put its tokenizer.json beside the model"
+        ) from None
 
 
 def _compile(blocks: list[nn.Module]) -> None:
@@ -274,15 +276,16 @@ def train_from_recipe(path: Path, resume: bool = False, max_seconds: float | Non
         max_seconds: stop each stage, with a checkpoint, after this long.
 
     Returns:
-        {"output": folder of the last stage or None if it is not done, "done": bool, "stages": {name: metrics}}, metrics as
-        "eval_<domain>_ce" in nats per token and "eval_<domain>_sparsity_h" in 0..1.
+        {"output": folder of the last stage or None if it is not done, "done": bool, "stages": {name: metrics}}, metrics
+        as "eval_<domain>_ce" in nats per token and "eval_<domain>_sparsity_h" in 0..1.
 
     Raises:
         UserError: the recipe, a model folder or a text file is not usable.
     """
     recipe = load_recipe(path)
     output = _prepare_output(recipe, path, resume)
-    source, stages = recipe.model, {}
+    stages: dict[str, Any] = {}
+    source = recipe.model
     for index, stage in enumerate(recipe.stages):
         folder = output / f"{index + 1}-{stage.name}"
         if not folder.exists():
