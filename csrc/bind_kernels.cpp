@@ -7,12 +7,12 @@
 #include <nanobind/stl/vector.h>
 
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "memory.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -56,13 +56,9 @@ Out<T> array(std::unique_ptr<T[]> data, std::initializer_list<size_t> shape) {
   return Out<T>(values, shape, owner);
 }
 
-struct Free {
-  void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-
 struct PackedMatrix {
   const Kernels& kernels;
-  std::unique_ptr<std::byte[], Free> storage;
+  Mapping storage;  // as the engine holds weights: pages decide what scattered rows cost
   Matrix view;
 
   PackedMatrix(const std::string& isa, int type, int64_t rows, int64_t cols, In<uint8_t, 1> source)
@@ -76,9 +72,9 @@ struct PackedMatrix {
     view = kernels.layout(weight, rows, cols, nullptr);
     require(static_cast<int64_t>(source.size()) == rows * view.row_bytes(), "source has the wrong number of bytes");
     const auto bytes = static_cast<size_t>(kernels.packed_bytes(weight, rows, cols));
-    storage.reset(static_cast<std::byte*>(::operator new[](bytes, std::align_val_t{64})));
-    view = kernels.layout(weight, rows, cols, storage.get());
-    kernels.pack(view, storage.get(), 0, rows, reinterpret_cast<const std::byte*>(source.data()));
+    storage = Mapping(bytes);
+    view = kernels.layout(weight, rows, cols, storage.data());
+    kernels.pack(view, storage.data(), 0, rows, reinterpret_cast<const std::byte*>(source.data()));
   }
 
   void check_rows(In<int32_t, 1> rows) const {
