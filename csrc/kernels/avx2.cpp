@@ -30,6 +30,18 @@ struct Avx2 {
   static F load(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(n)); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static void store(float* p, F x, int64_t n) { _mm256_maskstore_ps(p, first(n), x); }
+  // The first kCount lanes by a plain move: a masked store would not forward to the load that follows.
+  template <int kCount>
+  static F load_first(const float* p) {
+    if constexpr (kCount == 8) return _mm256_loadu_ps(p);
+    return _mm256_zextps128_ps256(_mm_loadu_ps(p));
+  }
+  template <int kCount>
+  static void store_first(float* p, F x) {
+    static_assert(kCount == 8 || kCount == 4);
+    if constexpr (kCount == 8) _mm256_storeu_ps(p, x);
+    if constexpr (kCount == 4) _mm_storeu_ps(p, _mm256_castps256_ps128(x));
+  }
   static F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static F load_f16(const uint16_t* p, int64_t n) { return _mm256_cvtph_ps(load_halves(p, n)); }
   static F load_bf16(const uint16_t* p) { return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -114,15 +126,17 @@ struct Avx2 {
   }
 
   // Nibble kIndex of each dword, less 8.
-  template <int kIndex>
-  static F nibble(I x) {
-    const I value = _mm256_and_si256(_mm256_srli_epi32(x, 4 * kIndex), _mm256_set1_epi32(15));
+  template <int kIndex, int kBytes>
+  static F nibble(const std::byte* dwords) {
+    const I shifted = _mm256_srli_epi32(load_bytes<kBytes>(dwords), 4 * kIndex);
+    const I value = _mm256_and_si256(shifted, _mm256_set1_epi32(15));
     return _mm256_sub_ps(_mm256_cvtepi32_ps(value), _mm256_set1_ps(static_cast<float>(kQ4Offset)));
   }
   // Byte kIndex of each dword, less 128.
-  template <int kIndex>
-  static F byte(I x) {
-    const I value = _mm256_and_si256(_mm256_srli_epi32(x, 8 * kIndex), _mm256_set1_epi32(255));
+  template <int kIndex, int kBytes>
+  static F byte(const std::byte* dwords) {
+    const I shifted = _mm256_srli_epi32(load_bytes<kBytes>(dwords), 8 * kIndex);
+    const I value = _mm256_and_si256(shifted, _mm256_set1_epi32(255));
     return _mm256_sub_ps(_mm256_cvtepi32_ps(value), _mm256_set1_ps(static_cast<float>(kQ8Offset)));
   }
 

@@ -31,6 +31,20 @@ struct Avx512 {
   static F load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(mask(n), p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static void store(float* p, F x, int64_t n) { _mm512_mask_storeu_ps(p, mask(n), x); }
+  // The first kCount lanes by a plain move: a masked store would not forward to the load that follows.
+  template <int kCount>
+  static F load_first(const float* p) {
+    if constexpr (kCount == 16) return _mm512_loadu_ps(p);
+    if constexpr (kCount == 8) return _mm512_zextps256_ps512(_mm256_loadu_ps(p));
+    return _mm512_zextps128_ps512(_mm_loadu_ps(p));
+  }
+  template <int kCount>
+  static void store_first(float* p, F x) {
+    static_assert(kCount == 16 || kCount == 8 || kCount == 4);
+    if constexpr (kCount == 16) _mm512_storeu_ps(p, x);
+    if constexpr (kCount == 8) _mm256_storeu_ps(p, _mm512_castps512_ps256(x));
+    if constexpr (kCount == 4) _mm_storeu_ps(p, _mm512_castps512_ps128(x));
+  }
   static F load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
@@ -108,17 +122,20 @@ struct Avx512 {
     return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_loadu_si16(p)));
   }
 
-  // Nibble kIndex of each dword as a signed number: a look-up by the low four bits of a lane.
-  template <int kIndex>
-  static F nibble(I x) {
+  // Nibble kIndex of each dword as a signed number: a look-up by the low four bits of a lane. The byte comes there by
+  // loading from its address (vector ports are what axpy runs out of, not loads), so up to three bytes behind the
+  // group are touched; in packed storage they exist, since scales follow the values.
+  template <int kIndex, int kBytes>
+  static F nibble(const std::byte* dwords) {
     const F table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4 * kIndex), table);
+    const I bytes = load_bytes<kBytes>(dwords + kIndex / 2);
+    return _mm512_permutexvar_ps(kIndex % 2 ? _mm512_srli_epi32(bytes, 4) : bytes, table);
   }
   // Byte kIndex of each dword, less 128: the byte becomes the last bits of a float of 2^23.
-  template <int kIndex>
-  static F byte(I x) {
-    const I shifted = _mm512_srli_epi32(x, 8 * kIndex);
-    const I mixed = _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(255), _mm512_set1_epi32(0x4b000000), 0xea);
+  template <int kIndex, int kBytes>
+  static F byte(const std::byte* dwords) {
+    const I bytes = load_bytes<kBytes>(dwords + kIndex);
+    const I mixed = _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi32(255), _mm512_set1_epi32(0x4b000000), 0xea);
     return _mm512_sub_ps(_mm512_castsi512_ps(mixed), _mm512_set1_ps(0x1p23f + static_cast<float>(kQ8Offset)));
   }
 

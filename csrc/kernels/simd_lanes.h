@@ -57,28 +57,18 @@ struct Group {
   // Where weight k of load i lies in lane order.
   static constexpr int lane(int part, int i, int k) { return k * kDwords * G + i * kStep + part * kLanes; }
 
+  // Weight kIndex of each dword of load i.
   template <int kIndex>
-  static TS_INLINE typename S::F weight(typename S::I dwords) {
-    if constexpr (kType == WeightType::q4_0) return S::template nibble<kIndex>(dwords);
-    if constexpr (kType == WeightType::q8_0) return S::template byte<kIndex>(dwords);
+  static TS_INLINE typename S::F weight(const std::byte* row, int64_t block, int part, int i) {
+    const std::byte* dwords = row + block * block_bytes(kType) + 4 * (part * kLanes + i * kStep);
+    if constexpr (kType == WeightType::q4_0) return S::template nibble<kIndex, 4 * kWidth>(dwords);
+    if constexpr (kType == WeightType::q8_0) return S::template byte<kIndex, 4 * kWidth>(dwords);
   }
 
   // Where column c of the group's first block lies in lane order.
   static constexpr int column(int c) {
     if (kType == WeightType::q4_0) return (c % 4 * 2 + c / 16) * kDwords * G + c % 16 / 4 * G;
     return c % 4 * kDwords * G + c / 4 * G;
-  }
-
-  static TS_INLINE typename S::F get(const float* lanes) {
-    if constexpr (kWidth == kLanes) return S::load(lanes);
-    return S::load(lanes, kWidth);
-  }
-  static TS_INLINE void put(float* lanes, typename S::F x) {
-    if constexpr (kWidth == kLanes) {
-      S::store(lanes, x);
-    } else {
-      S::store(lanes, x, kWidth);
-    }
   }
 };
 
@@ -131,9 +121,10 @@ static void decode_group(const std::byte* values, const std::byte* scales, int64
   for (int part = 0; part < Shape::kParts; ++part) {
     const auto scale = Shape::scales(scales, block, part);
     for (int i = 0; i < Shape::kLoads; ++i) {
-      const auto dwords = Shape::load(values, block, part, i);
       [&]<int... k>(std::integer_sequence<int, k...>) {
-        (Shape::put(lanes + Shape::lane(part, i, k), S::mul(scale, Shape::template weight<k>(dwords))), ...);
+        (S::template store_first<Shape::kWidth>(lanes + Shape::lane(part, i, k),
+                                                S::mul(scale, Shape::template weight<k>(values, block, part, i))),
+         ...);
       }(std::make_integer_sequence<int, Shape::kWeights>{});
     }
   }
@@ -150,13 +141,13 @@ static TS_INLINE inline void axpy_group(const Rows<R>& rows, const float* coeffi
       factor[r] = S::mul(S::set(coefficient[r]), Shape::scales(rows.scales[r], block, part));
     }
     for (int i = 0; i < Shape::kLoads; ++i) {
-      typename S::I dwords[R];
-      TS_UNROLL for (int r = 0; r < R; ++r) dwords[r] = Shape::load(rows.values[r], block, part, i);
       const auto add = [&]<int k>(std::integral_constant<int, k>) TS_INLINE {
         float* at = lanes + Shape::lane(part, i, k);
-        auto sum = Shape::get(at);
-        TS_UNROLL for (int r = 0; r < R; ++r) sum = S::fma(factor[r], Shape::template weight<k>(dwords[r]), sum);
-        Shape::put(at, sum);
+        auto sum = S::template load_first<Shape::kWidth>(at);
+        TS_UNROLL for (int r = 0; r < R; ++r) {
+          sum = S::fma(factor[r], Shape::template weight<k>(rows.values[r], block, part, i), sum);
+        }
+        S::template store_first<Shape::kWidth>(at, sum);
       };
       [&]<int... k>(std::integer_sequence<int, k...>) TS_INLINE {
         (add(std::integral_constant<int, k>{}), ...);
