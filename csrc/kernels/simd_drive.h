@@ -34,6 +34,44 @@ struct Rows {
 inline constexpr int kTallRows = 4;
 inline constexpr int64_t kBlockBytes = 256 * 1024;  // rows that stay in the second-level cache over all vectors
 
+// Which listed rows to fetch into the cache while others are in work: those some kilobytes further down the list, which
+// covers the memory's latency. The processor's own prefetcher does not foresee a list.
+template <class S>
+class Lookahead {
+ public:
+  Lookahead(const Matrix& w, const int32_t* rows, int64_t n) : w_(w), rows_(rows), n_(n) {
+    const int64_t fit = kBytes / w.row_bytes() / kTallRows * kTallRows;
+    distance_ = fit > kTallRows ? fit : kTallRows;
+    for (int64_t i = 0; i < distance_ && i < n; ++i) {
+      fetch(w.values + rows[i] * w.value_stride, w.value_stride);
+      fetch_scales(i);
+    }
+  }
+
+  // The rows to fetch during the four from place i on. Their scales are requested at once; their values are left to the
+  // caller, who spreads them over its work, since a core waits for no more than some ten lines at a time.
+  Rows<kTallRows> after(int64_t i) const {
+    const int64_t next = i + distance_ + kTallRows <= n_ ? i + distance_ : i;
+    if (next != i) {
+      for (int r = 0; r < kTallRows; ++r) fetch_scales(next + r);
+    }
+    return Rows<kTallRows>(w_, rows_ + next);
+  }
+
+ private:
+  static constexpr int64_t kBytes = 4096;
+
+  static void fetch(const std::byte* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) S::prefetch(from + i);
+  }
+  void fetch_scales(int64_t i) const { fetch(w_.scales + rows_[i] * w_.scale_stride, w_.scale_stride); }
+
+  const Matrix& w_;
+  const int32_t* rows_;
+  int64_t n_;
+  int64_t distance_;
+};
+
 // Rows [first, last) times N vectors from v on.
 template <class Tile, int N>
 static void dot_vectors(const Matrix& w, int64_t first, int64_t last, const Vectors& x, int64_t v, float* out,

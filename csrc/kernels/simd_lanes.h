@@ -186,7 +186,7 @@ static bool all_zero(const float* y, int64_t n) {
 
 template <class S, WeightType kType>
 static void block_axpy_listed(const Matrix& w, const int32_t* rows, const float* coefficient, int64_t n, float* y) {
-  constexpr int kRows = 4;
+  constexpr int kRows = kTallRows;
   alignas(64) float lanes[kTileBlocks * kBlock];
   const int64_t blocks = w.cols / kBlock;
   if (n == 0) return;
@@ -200,11 +200,10 @@ static void block_axpy_listed(const Matrix& w, const int32_t* rows, const float*
         to_lanes<S, kType, G>(y + block * kBlock, lanes + (block - first) * kBlock);
       });
     }
+    const Lookahead<S> ahead(w, rows, n);
     int64_t i = 0;
     for (; i + kRows <= n; i += kRows) {
-      const int64_t next = i + 2 * kRows <= n ? i + kRows : i;
-      axpy_rows<S, kType, kRows>(Rows<kRows>(w, rows + i), Rows<kRows>(w, rows + next), coefficient + i, first, last,
-                                 lanes);
+      axpy_rows<S, kType, kRows>(Rows<kRows>(w, rows + i), ahead.after(i), coefficient + i, first, last, lanes);
     }
     for (; i < n; ++i) {
       const Rows<1> row(w, rows + i);
