@@ -82,7 +82,7 @@ def perplexity_engine(
     total = _Total(mode, progress)
     for window in token_windows:
         if session is None or len(window) > context:
-            context = max(len(window), WINDOW)
+            context = len(window)
             session = engine.session(context=context)
         session.reset()
         for part in _parts(len(window) - 1, engine.config.vocab_size):
@@ -147,7 +147,7 @@ def kl_divergence(
     context = 0
     for window in token_windows:
         if sessions is None or len(window) > context:
-            context = max(len(window), WINDOW)
+            context = len(window)
             sessions = (engine_a.session(context=context), engine_b.session(context=context))
         for session in sessions:
             session.reset()

@@ -1,0 +1,85 @@
+"""Count firings: in the engine, which counts by itself, or in a Hugging Face model, through its taps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from turbosparse.analyze.statistics import SparsityReport, summarise
+from turbosparse.errors import UserError
+
+if TYPE_CHECKING:
+    from turbosparse.engine import Engine
+
+Progress = Callable[[int], None]
+
+
+def capture_engine(
+    engine: Engine, token_windows: Iterable[Sequence[int]], progress: Progress | None = None
+) -> SparsityReport:
+    """Run windows of tokens densely, so that every gate and every up is computed, and report what fired."""
+    engine.count_activations(True)
+    try:
+        done = 0
+        for window in token_windows:
+            session = engine.session(len(window))
+            session.prefill(window, "dense")
+            done += len(window)
+            if progress is not None:
+                progress(done)
+        counts = engine.counters()
+    finally:
+        engine.count_activations(False)
+    return summarise(counts.tokens, counts.gate, counts.up, counts.h)
+
+
+def capture_hf(folder: Path, data: Path, limit: int | None = None, progress: Progress | None = None) -> SparsityReport:
+    """The same for a Hugging Face folder, sparse or dense, in fp32.
+
+    Raises:
+        UserError: torch is missing, or the folder is no model with gated FFNs.
+    """
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise UserError("Hugging Face folders need torch; install turbosparse[train], or export to GGUF.") from None
+    from turbosparse.evaluate.perplexity import _HFTokenizer
+    from turbosparse.evaluate.windows import windows
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+        counters = [_LayerCounter(layer.mlp) for layer in model.model.layers]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{folder} cannot be loaded as a model with gated FFNs ({reason}).") from None
+    tokens = 0
+    with torch.inference_mode():
+        for window in windows(_HFTokenizer(tokenizer), data, limit=limit):
+            model.model(torch.tensor([window]), use_cache=False)
+            tokens += len(window)
+            if progress is not None:
+                progress(tokens)
+    gate, up, h = (np.stack([getattr(counter, name).numpy() for counter in counters]) for name in ("gate", "up", "h"))
+    return summarise(tokens, gate, up, h)
+
+
+class _LayerCounter:
+    """Counts one FFN's firings. A sparse FFN hands over its pre-activations; a dense one is watched at its matrices."""
+
+    def __init__(self, mlp: Any) -> None:
+        import torch
+
+        neurons = mlp.gate_proj.out_features
+        self.gate, self.up, self.h = (torch.zeros(neurons, dtype=torch.int64) for _ in range(3))
+        mlp.gate_proj.register_forward_hook(lambda _module, _inputs, output: self._add(self.gate, output > 0))
+        mlp.up_proj.register_forward_hook(lambda _module, _inputs, output: self._add(self.up, output > 0))
+        mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: self._add(self.h, inputs[0] != 0))
+
+    @staticmethod
+    def _add(total: Any, fires: Any) -> None:
+        total += fires.reshape(-1, fires.shape[-1]).sum(0)

@@ -1,0 +1,53 @@
+"""A sparsity report as a chart in the terminal: one bar a layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from turbosparse.analyze.statistics import LayerSparsity, SparsityReport
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_BAR = 20
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def bar(share: float, width: int = _BAR) -> str:
+    """A bar of `width` characters, `share` of it filled, to an eighth of a character."""
+    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
+    full, rest = divmod(eighths, 8)
+    return ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(width)
+
+
+def chart(report: SparsityReport) -> Table:
+    """The layers as a table with bars of active neurons, and the figures beside them."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title=f"Active neurons per layer, over {report.tokens:,} tokens", pad_edge=False)
+    for name, justify in (("layer", "right"), ("active neurons", "left"), ("silent", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("gate ≤ 0", "up ≤ 0", "hot", "cold", "never"):
+        table.add_column(name, justify="right")
+    for layer in report.layers:
+        table.add_row(*_cells(layer))
+    table.add_section()
+    table.add_row(
+        "mean",
+        _coloured_bar(1 - report.mean("h")),
+        f"[bold]{report.mean('h'):.1%}[/]",
+        f"{report.mean('gate'):.1%}",
+        f"{report.mean('up'):.1%}",
+    )
+    return table
+
+
+def _cells(layer: LayerSparsity) -> tuple[str, ...]:
+    shares = (f"{layer.h:.1%}", f"{layer.gate:.1%}", f"{layer.up:.1%}")
+    return (str(layer.layer), _coloured_bar(1 - layer.h), *shares, str(layer.hot), str(layer.cold), str(layer.never))
+
+
+def _coloured_bar(share: float) -> str:
+    filled = bar(share)
+    return f"[green]{filled.rstrip()}[/][dim]{'·' * (len(filled) - len(filled.rstrip()))}[/]"

@@ -1,0 +1,17 @@
+"""The command line: `turbosparse <stage>`, one thin file per stage.
+
+Importing this package loads typer and nothing heavy; every stage imports what it runs inside its function, so that
+`turbosparse --help` answers at once and a run-time command never loads torch.
+"""
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line of this process and exit.
+
+    Exit codes: 0 done, 2 a mistake in the input or the options, 130 stopped with Ctrl-C; a traceback is a bug.
+    """
+    from turbosparse.cli.app import app
+
+    app(prog_name="turbosparse")

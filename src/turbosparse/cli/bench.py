@@ -1,0 +1,102 @@
+"""`turbosparse bench`: the modes of a model side by side, and its dense twin."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from turbosparse.cli import options, output
+from turbosparse.cli.loading import load_engine
+
+if TYPE_CHECKING:
+    from turbosparse.bench.compare import Run
+
+_PROMPT = "The history of mathematics begins with counting, and with the need to measure land, time and trade. "
+_BUSY = 0.2
+
+
+def command(
+    model: options.Model,
+    dense_twin: Annotated[
+        str | None, typer.Option("--dense-twin", metavar="FILE", help="The SwiGLU or GeGLU model of the same shape.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")] = 128,
+    tokens: options.MaxTokens = 128,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; one more is thrown away.")] = 5,
+    threads: options.Threads = None,
+    compute: options.ComputeOption = options.Compute.int8,
+    isa: options.IsaOption = None,
+    json: options.Json = False,
+) -> None:
+    """Time the modes of a model in one run: interleaved, medians."""
+    from turbosparse.bench.compare import compare, speedup
+    from turbosparse.bench.contestants import EngineMode
+    from turbosparse.bench.machine import busy_share, peak_memory_bytes
+
+    busy = busy_share()
+    if busy > _BUSY:
+        output.notice(f"warning: other work takes {output.percent(busy)} of this machine; the figures will be low.")
+    engine = load_engine(model, threads, compute, isa)
+    contestants = [EngineMode(engine, mode) for mode in engine.modes]
+    if dense_twin is not None:
+        contestants.append(EngineMode(load_engine(dense_twin, threads, compute, isa), "dense", "dense-twin"))
+    prompt = (engine.tokenizer.encode(_PROMPT) * prompt_tokens)[:prompt_tokens]
+    with output.progress("timing") as report:
+        runs = compare(contestants, prompt, tokens, repeats, report)
+    peak = peak_memory_bytes()  # before the read limit is measured, which takes a buffer of its own
+    record = {
+        "model": model,
+        "machine": machine(engine.isa, engine.threads) | {"busy": busy},
+        "prompt_tokens": prompt_tokens,
+        "tokens": tokens,
+        "repeats": repeats,
+        "runs": [vars(run) for run in runs],
+        "speedup": {"exact": speedup(runs, "exact"), "predicted": speedup(runs, "predicted")},
+        "peak_memory_bytes": peak,
+    }
+    if json:
+        output.emit(record)
+    else:
+        show(record, runs)
+
+
+def machine(isa: str, threads: int) -> dict[str, Any]:
+    """CPU and its read limit in 10^9 bytes/s, from memory: the buffer is at least twice the last-level cache."""
+    from turbosparse import _native
+    from turbosparse.bench.machine import available_memory_bytes, cpu_name, last_level_cache_bytes
+
+    wanted = max(2 * last_level_cache_bytes(), 256 << 20)
+    fits = wanted <= 0.6 * available_memory_bytes()
+    read = _native.read_bandwidth(wanted, threads, 3) if fits else None
+    return {"cpu": cpu_name(), "isa": isa, "threads": threads, "read_gb_s": read}
+
+
+def show(record: dict[str, Any], runs: list[Run]) -> None:
+    """The figures as a table on stdout."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"{record['machine']['cpu']}, {record['machine']['threads']} threads, {record['machine']['isa']}"
+    )
+    for name in ("mode", "prompt tok/s", "decode tok/s", "read per token", "GB/s", "silent neurons"):
+        table.add_column(name, justify="left" if name == "mode" else "right")
+    for run in runs:
+        table.add_row(
+            run.mode,
+            output.number(run.prefill_tok_s),
+            output.number(run.decode_tok_s),
+            output.megabytes(run.bytes_per_token),
+            output.number(run.gb_s),
+            output.percent(run.sparsity),
+        )
+    console = output.stdout_console()
+    console.print(table)
+    limit, exact = record["machine"]["read_gb_s"], record["speedup"]["exact"]
+    console.print(f"this machine reads {output.number(limit)} GB/s from memory; peak memory {peak(record)}")
+    if exact:
+        console.print(f"exact is {exact:.2f} times as fast as dense, bit for bit the same output")
+
+
+def peak(record: dict[str, Any]) -> str:
+    return output.megabytes(record["peak_memory_bytes"])

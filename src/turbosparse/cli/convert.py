@@ -1,0 +1,41 @@
+"""`turbosparse convert`: swap the activation of every FFN."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from turbosparse.cli import output
+from turbosparse.cli.extras import extra
+from turbosparse.cli.options import Json
+
+
+class Activation(StrEnum):
+    """What the FFNs of the new model compute; `keep` only rewrites the checkpoint (for a dense control)."""
+
+    drelu = "drelu"
+    reglu = "reglu"
+    keep = "keep"
+
+
+def command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder, a hub id or a GGUF file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The Hugging Face folder to write.")],
+    activation: Annotated[
+        Activation, typer.Option("--activation", help="The activation to swap in.")
+    ] = Activation.drelu,
+    json: Json = False,
+) -> None:
+    """Swap the activation: a dense model in, a Hugging Face folder with dReLU out."""
+    with extra("train"):
+        from turbosparse.relufy.convert import convert
+
+    output.notice(f"converting {source} to {activation.value}")
+    record = convert(source, out, activation.value)
+    if json:
+        output.emit(record)
+    else:
+        print(out)

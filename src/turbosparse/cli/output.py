@@ -1,0 +1,86 @@
+"""Where a command's output goes: results on stdout, everything about the run on stderr.
+
+With --json, stdout holds exactly one JSON object, so that `turbosparse ... --json | jq` always works.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Progress = Callable[[int, int], None]
+"""Reports (done, total) of something that takes a while."""
+
+
+def stderr_console() -> Console:
+    """A console on stderr: notices, progress and statistics."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def stdout_console() -> Console:
+    """A console on stdout: the tables and charts that a command was asked for."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def notice(text: str) -> None:
+    """Say something about the run, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(record: Mapping[str, Any]) -> None:
+    """Print the one JSON object of a command. NaN and infinity, which JSON lacks, become null."""
+    print(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Progress]:
+    """A progress bar on stderr while the block runs; silent where stderr is not a terminal."""
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    console = stderr_console()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(description, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def percent(share: float | None) -> str:
+    """0.871 as "87.1 %"; a dash where there is no figure."""
+    return "-" if share is None else f"{share:.1%}".replace("%", " %")
+
+
+def megabytes(count: float | None) -> str:
+    """Bytes as "61.3 MB" (1 MB = 10^6 bytes, as bandwidths are given); a dash where there is no figure."""
+    return "-" if count is None else f"{count / 1e6:.1f} MB"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """A figure with thousands separators; a dash where there is none."""
+    return "-" if value is None else f"{value:,.{digits}f}"

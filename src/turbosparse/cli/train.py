@@ -1,0 +1,29 @@
+"""`turbosparse train`: recovery training from a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from turbosparse.cli import output
+from turbosparse.cli.extras import extra
+from turbosparse.cli.options import Json
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, on what, for how long.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
+    json: Json = False,
+) -> None:
+    """Train a converted model back to full quality, as a recipe says."""
+    with extra("train"):
+        from turbosparse.relufy.trainer import train_from_recipe
+
+    result = train_from_recipe(recipe, resume=resume)
+    if json:
+        output.emit(result)
+    else:
+        for key, value in result.items():
+            print(f"{key}: {value}")
