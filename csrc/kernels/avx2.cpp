@@ -76,6 +76,16 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehl_ps(half, half)));
   }
 
+  // Four sums, each in the order of sum().
+  static void sum4(const F* x, float* out) {
+    const F ab = _mm256_add_ps(_mm256_permute2f128_ps(x[0], x[1], 0x20), _mm256_permute2f128_ps(x[0], x[1], 0x31));
+    const F cd = _mm256_add_ps(_mm256_permute2f128_ps(x[2], x[3], 0x20), _mm256_permute2f128_ps(x[2], x[3], 0x31));
+    const F pairs = _mm256_hadd_ps(ab, cd);       // a a c c | b b d d
+    const F sums = _mm256_hadd_ps(pairs, pairs);  // a c a c | b d b d
+    const __m128 a_c = _mm256_castps256_ps128(sums);
+    _mm_storeu_ps(out, _mm_unpacklo_ps(a_c, _mm256_extractf128_ps(sums, 1)));
+  }
+
   // First `kCount` bytes; the rest is zero.
   template <int kCount>
   static I load_bytes(const std::byte* p) {
@@ -96,16 +106,17 @@ struct Avx2 {
   static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
   static I no_sum() { return _mm256_setzero_si256(); }
 
-  // -bias * sum of the group's blocks, in the lanes of its first dwords.
-  template <int kCount, int64_t kBias>
-  static I offset(const int32_t* sums) {
-    const auto* p = reinterpret_cast<const __m128i*>(sums);
-    I s;
-    if constexpr (kCount >= 8) s = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums));
-    if constexpr (kCount == 4) s = _mm256_zextsi128_si256(_mm_loadu_si128(p));
-    if constexpr (kCount == 2) s = _mm256_zextsi128_si256(_mm_loadl_epi64(p));
-    if constexpr (kCount == 1) s = _mm256_zextsi128_si256(_mm_cvtsi32_si128(*sums));
-    return _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(s, __builtin_ctzll(kBias)));
+  static I shifted_negative(I x, int bits) {
+    return _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(x, bits));
+  }
+  // The first kCount numbers; the rest is zero.
+  template <int kCount>
+  static I load_ints(const int32_t* p) {
+    const auto* quarter = reinterpret_cast<const __m128i*>(p);
+    if constexpr (kCount >= 8) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (kCount == 4) return _mm256_zextsi128_si256(_mm_loadu_si128(quarter));
+    if constexpr (kCount == 2) return _mm256_zextsi128_si256(_mm_loadl_epi64(quarter));
+    return _mm256_zextsi128_si256(_mm_cvtsi32_si128(*p));
   }
 
   // kCount scales, repeated over the lanes.

@@ -72,6 +72,16 @@ struct Avx512 {
     return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehl_ps(quarter, quarter)));
   }
 
+  // Four sums, each in the order of sum().
+  static void sum4(const F* x, float* out) {
+    const F ab = _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x44), _mm512_shuffle_f32x4(x[0], x[1], 0xee));
+    const F cd = _mm512_add_ps(_mm512_shuffle_f32x4(x[2], x[3], 0x44), _mm512_shuffle_f32x4(x[2], x[3], 0xee));
+    F quarters = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    quarters = _mm512_add_ps(quarters, _mm512_movehdup_ps(quarters));
+    quarters = _mm512_add_ps(quarters, _mm512_permute_ps(quarters, 0x02));
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, quarters)));
+  }
+
   // First `kCount` bytes; the rest is zero.
   template <int kCount>
   static I load_bytes(const std::byte* p) {
@@ -86,12 +96,13 @@ struct Avx512 {
   static I dot_bytes(I sum, I w, I q) { return _mm512_dpbusd_epi32(sum, w, q); }
   static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 
-  // -bias * sum of the group's blocks, in the lanes of its first dwords.
-  template <int kCount, int64_t kBias>
-  static I offset(const int32_t* sums) {
-    constexpr unsigned kShift = __builtin_ctzll(kBias);
-    const I s = kCount >= 16 ? _mm512_loadu_si512(sums) : _mm512_maskz_loadu_epi32(mask(kCount), sums);
-    return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(s, kShift));
+  static I shifted_negative(I x, unsigned bits) {
+    return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(x, bits));
+  }
+  // The first kCount numbers; the rest is zero.
+  template <int kCount>
+  static I load_ints(const int32_t* p) {
+    return kCount >= 16 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(mask(kCount), p);
   }
   static I no_sum() { return _mm512_setzero_si512(); }
 
@@ -122,8 +133,8 @@ struct Avx512 {
     return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_loadu_si16(p)));
   }
 
-  // Nibble kIndex of each dword as a signed number: a look-up by the low four bits of a lane. (Loading from the nibble's
-  // own byte would save shifts, but three of four such loads cross cache lines: measured slower by some 5 %.)
+  // Nibble kIndex of each dword as a signed number: a look-up by the low four bits of a lane. (Loading from the
+  // nibble's own byte would save shifts, but three of four such loads cross cache lines: measured slower by some 5 %.)
   template <int kIndex, int kBytes>
   static F nibble(const std::byte* dwords) {
     const F table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);

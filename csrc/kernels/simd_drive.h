@@ -1,14 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 // Cuts a product into tiles of rows and vectors. A tile is a class with
 //
-//     kVectors, kWideRows                  its largest number of vectors, and of rows beside more than one vector
-//     run<R, N>(w, rows, ahead, x, v, out, stride)     out[n * stride + r] = <row r, vector v + n>
+//     kVectors, kWideRows              its largest number of vectors, and of rows beside more than one vector
+//     Input<N>(w, x, v)                vectors v to v + N of x, made ready once for many rows
+//     run<R, N>(w, rows, ahead, input, out, stride)    out[n * stride + r] = <row r, vector n of input>
 //
 // which gives an element the same bits in a tile of any size. One vector meets four rows at once (they share its loads
 // and hide each other's latency); `ahead` are the rows to fetch into the cache meanwhile.
 #pragma once
 
 #include "pack.h"
+
+#define TS_INLINE __attribute__((always_inline))
+#if defined(__clang__)
+#define TS_UNROLL _Pragma("unroll")
+#else
+#define TS_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace turbosparse {
 
@@ -72,19 +80,45 @@ class Lookahead {
   int64_t distance_;
 };
 
+// N fp32 vectors, read where they are.
+template <int N>
+struct FloatVectors {
+  const float* x;
+  int64_t cols;
+
+  FloatVectors(const Matrix& w, const Vectors& vectors, int64_t v) : x(vectors.x + v * w.cols), cols(w.cols) {}
+};
+
+// out[n * stride + r] = the sum of the lanes of total[r][n].
+template <class S, int R, int N>
+static TS_INLINE inline void store_sums(const typename S::F (&total)[R][N], float* out, int64_t stride) {
+  if constexpr (R * N % 4 == 0) {
+    TS_UNROLL for (int first = 0; first < R * N; first += 4) {
+      float sums[4];
+      S::sum4(&total[0][0] + first, sums);
+      TS_UNROLL for (int i = 0; i < 4; ++i) out[(first + i) % N * stride + (first + i) / N] = sums[i];
+    }
+  } else {
+    TS_UNROLL for (int r = 0; r < R; ++r) {
+      TS_UNROLL for (int n = 0; n < N; ++n) out[n * stride + r] = S::sum(total[r][n]);
+    }
+  }
+}
+
 // Rows [first, last) times N vectors from v on.
 template <class Tile, int N>
 static void dot_vectors(const Matrix& w, int64_t first, int64_t last, const Vectors& x, int64_t v, float* out,
                         int64_t stride) {
   constexpr int kRows = N == 1 ? kTallRows : Tile::kWideRows;
+  const typename Tile::template Input<N> input(w, x, v);
   int64_t row = first;
   for (; row + kRows <= last; row += kRows) {
     const int64_t next = row + 2 * kRows <= last ? row + kRows : row;
-    Tile::template run<kRows, N>(w, Rows<kRows>(w, row), Rows<kRows>(w, next), x, v, out + v * stride + row, stride);
+    Tile::template run<kRows, N>(w, Rows<kRows>(w, row), Rows<kRows>(w, next), input, out + v * stride + row, stride);
   }
   for (; row < last; ++row) {
     const Rows<1> rows(w, row);
-    Tile::template run<1, N>(w, rows, rows, x, v, out + v * stride + row, stride);
+    Tile::template run<1, N>(w, rows, rows, input, out + v * stride + row, stride);
   }
 }
 
@@ -112,15 +146,16 @@ static void dot_range(const Matrix& w, int64_t first, int64_t last, const Vector
 
 template <class Tile>
 static void dot_list(const Matrix& w, const int32_t* rows, int64_t n, const Vectors& x, int64_t v, float* out) {
+  const typename Tile::template Input<1> input(w, x, v);
   int64_t i = 0;
   for (; i + kTallRows <= n; i += kTallRows) {
     const Rows<kTallRows> now(w, rows + i);
     const Rows<kTallRows> next(w, i + 2 * kTallRows <= n ? rows + i + kTallRows : rows + i);
-    Tile::template run<kTallRows, 1>(w, now, next, x, v, out + i, 0);
+    Tile::template run<kTallRows, 1>(w, now, next, input, out + i, 0);
   }
   for (; i < n; ++i) {
     const Rows<1> now(w, rows + i);
-    Tile::template run<1, 1>(w, now, now, x, v, out + i, 0);
+    Tile::template run<1, 1>(w, now, now, input, out + i, 0);
   }
 }
 

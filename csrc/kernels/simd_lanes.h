@@ -12,13 +12,6 @@
 
 #include "simd_drive.h"
 
-#define TS_INLINE __attribute__((always_inline))
-#if defined(__clang__)
-#define TS_UNROLL _Pragma("unroll")
-#else
-#define TS_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 namespace turbosparse {
 
 template <int G>

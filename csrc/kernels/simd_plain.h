@@ -33,14 +33,17 @@ struct PlainDot {
   static constexpr int kWideRows = 4;
   static constexpr int kVectors = 4;
 
+  template <int N>
+  using Input = FloatVectors<N>;
+
   template <int R, int N>
-  static void run(const Matrix& w, const Rows<R>& rows, const Rows<R>& ahead, const Vectors& x, int64_t v, float* out,
+  static void run(const Matrix& w, const Rows<R>& rows, const Rows<R>& ahead, const Input<N>& input, float* out,
                   int64_t stride) {
     F total[R][N];
     for (auto& row : total) {
       for (F& sum : row) sum = S::zero();
     }
-    const float* vectors = x.x + v * w.cols;
+    const float* vectors = input.x;
     int64_t c = 0;
     for (; c + S::kLanes <= w.cols; c += S::kLanes) {
       for (int r = 0; r < R; ++r) {
@@ -58,9 +61,7 @@ struct PlainDot {
         }
       }
     }
-    for (int r = 0; r < R; ++r) {
-      for (int n = 0; n < N; ++n) out[n * stride + r] = S::sum(total[r][n]);
-    }
+    store_sums<S, R, N>(total, out, stride);
   }
 };
 
