@@ -33,9 +33,11 @@ def command(
     with extra("train"):
         from turbosparse.relufy.convert import convert
 
-    output.notice(f"converting {source} to {activation.value}")
     record = convert(source, out, activation.value)
     if json:
         output.emit(record)
     else:
         print(out)
+        output.notice(
+            "next: train it back to quality (turbosparse train RECIPE.yaml), or look at it (turbosparse analyze)"
+        )

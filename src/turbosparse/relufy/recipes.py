@@ -169,7 +169,9 @@ def load_recipe(path: Path) -> Recipe:
     try:
         return Recipe.model_validate(_resolve_paths(raw, path.resolve().parent))
     except ValidationError as error:
-        first_error = error.errors()[0]
+        errors = error.errors()
+        # A misspelt key is also a missing one: name what the user wrote.
+        first_error = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
         key = ".".join(str(part) for part in first_error["loc"]) or "recipe"
         reason = "unknown key; remove it" if first_error["type"] == "extra_forbidden" else first_error["msg"]
         raise UserError(f"{path}: {key}: {reason}") from None

@@ -1,0 +1,35 @@
+"""Counts to figures, by hand; and the chart's bars."""
+
+import numpy as np
+import pytest
+
+from turbosparse.analyze import summarise
+from turbosparse.analyze.report import bar
+
+
+def test_shares_and_kinds_of_neurons():
+    gate = np.array([[200, 100, 0, 0]])
+    up = np.array([[200, 200, 200, 0]])
+    h = np.array([[200, 1, 0, 101]])
+    report = summarise(200, gate, up, h)
+    layer = report.layers[0]
+    assert layer.h == pytest.approx(1 - 302 / 800) and layer.gate == pytest.approx(1 - 300 / 800)
+    assert layer.up == pytest.approx(0.25)
+    assert (layer.hot, layer.cold, layer.never) == (2, 1, 1)  # 1 of 200 is under 1 %, 101 is over half
+    assert report.to_json()["sparsity"]["h"] == layer.h and report.neurons == 4
+
+
+def test_the_mean_is_over_layers():
+    counts = np.array([[10, 10], [0, 0]])
+    report = summarise(10, counts, counts, counts)
+    assert [layer.h for layer in report.layers] == [0.0, 1.0] and report.mean("h") == 0.5
+
+
+def test_nothing_counted():
+    with pytest.raises(ValueError, match="nothing"):
+        summarise(0, *[np.zeros((1, 1), np.int64)] * 3)
+
+
+@pytest.mark.parametrize(("share", "drawn"), [(0.0, ""), (1.0, "████"), (0.5, "██"), (0.53125, "██▏"), (2.0, "████")])
+def test_bars(share, drawn):
+    assert bar(share, width=4) == drawn.ljust(4)

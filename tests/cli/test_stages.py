@@ -1,0 +1,183 @@
+"""Every command on tiny real models, as a user runs it: in a process of its own, its output parsed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import turbosparse
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(turbosparse.__file__).parents[1]), "COLUMNS": "100"}
+
+
+def turbo(*arguments: object, stdin: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command line; the exit code must be `code`."""
+    command = [sys.executable, "-m", "turbosparse", *map(str, arguments)]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def turbo_json(*arguments: object, stdin: str = "") -> dict:
+    return json.loads(turbo(*arguments, "--json", stdin=stdin).stdout)
+
+
+@pytest.fixture(scope="module")
+def sparse(tiny_gguf) -> Path:
+    return tiny_gguf("llama", "drelu", "q8_0")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"The {n} quick brown foxes jump over {n} dogs."}) + "\n" for n in range(9))
+    )
+    return path
+
+
+def test_help_is_quick_to_import_and_lists_every_stage():
+    script = (
+        "import sys, turbosparse.cli.app; print([m for m in ('numpy', 'torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    assert done.stdout.strip() == "[]"
+    shown = turbo("--help").stdout
+    for stage in ("convert", "train", "analyze", "export", "info", "run", "chat", "perplexity", "bench"):
+        assert stage in shown
+    assert turbosparse.__version__ in turbo("--version").stdout
+
+
+def test_info(sparse):
+    record = turbo_json("info", sparse)
+    assert record["architecture"] == "turbosparse" and record["activation"] == "drelu" and record["quant"] == "q8_0"
+    assert record["file_bytes"] == sparse.stat().st_size and record["predictor"] is None and record["experts"] == 0
+    assert {"layers", "hidden_size", "ffn_size", "parameters"} <= record.keys()
+    assert "turbosparse" in turbo("info", sparse).stdout
+
+
+def test_run_is_the_same_in_every_mode_and_from_stdin(sparse):
+    options = ["-n", 12, "--ignore-eos", "--temperature", 0.9, "--seed", 5]
+    dense = turbo_json("run", sparse, "-p", "the quick", "--mode", "dense", *options)
+    exact = turbo_json("run", sparse, "--mode", "exact", "--threads", 1, *options, stdin="the quick")
+    assert dense["text"] == exact["text"] and dense["tokens"] == exact["tokens"] == 12
+    assert (dense["mode"], exact["mode"]) == ("dense", "exact")
+    assert dense["sparsity"] == exact["sparsity"] and 0 < exact["sparsity"] < 1
+    assert {"prompt_tokens", "prefill_tok_s", "decode_tok_s"} <= dense.keys()
+    streamed = turbo("run", sparse, "-p", "the quick", *options)
+    assert streamed.stdout == exact["text"] + "\n" and "[exact]" in streamed.stderr
+
+
+def test_chat_reads_piped_messages_and_remembers(sparse):
+    done = turbo(
+        "chat", sparse, "-n", 4, "--system", "Be brief.", stdin="hello\nand more\n/reset\nhello\n/exit\nnot read\n"
+    )
+    answers = done.stdout
+    assert len(answers) > 0 and done.stderr == ""
+    alone = turbo("chat", sparse, "-n", 4, "--system", "Be brief.", stdin="hello\n").stdout
+    assert answers.startswith(alone) and answers.endswith(alone)
+
+
+def test_a_conversation_that_does_not_fit_is_an_error(sparse):
+    done = turbo("chat", sparse, "--ctx", 16, stdin="a message with more tokens than fit into this context\n", code=2)
+    assert "does not fit the context of 16" in done.stderr
+
+
+def test_analyze_gives_the_same_figures_for_a_folder_and_for_its_file(tiny_folder, tiny_gguf, text):
+    ours = turbo_json("analyze", tiny_gguf("llama", "drelu", "f32"), "--data", text, "--compute", "f32")
+    theirs = turbo_json("analyze", tiny_folder("llama", "drelu"), "--data", text)
+    assert ours["tokens"] == theirs["tokens"] > 50
+    assert ours["sparsity"] == pytest.approx(theirs["sparsity"], abs=1e-4)
+    for a, b in zip(ours["layers"], theirs["layers"], strict=True):
+        assert {"layer", "h", "gate", "up"} <= a.keys()
+        assert a == pytest.approx(
+            b, abs=2e-3 * ours["neurons"]
+        )  # counts of hot and cold neurons may differ by rounding
+        assert [a[key] for key in ("h", "gate", "up")] == pytest.approx(
+            [b[key] for key in ("h", "gate", "up")], abs=1e-3
+        )
+    assert "mean" in turbo("analyze", tiny_gguf("llama", "drelu", "f32"), "--data", text, "--limit", 40).stdout
+
+
+def test_perplexity_of_a_folder_and_its_file_agree(tiny_folder, tiny_gguf, text):
+    arguments = ["perplexity", tiny_gguf("qwen3", "drelu", "f32"), "--data", text, "--compute", "f32"]
+    ours = turbo_json(*arguments)
+    theirs = turbo_json("perplexity", tiny_folder("qwen3", "drelu"), "--data", text)
+    assert ours["tokens"] == theirs["tokens"] and ours["mode"] == "exact"
+    assert ours["nats_per_token"] == pytest.approx(theirs["nats_per_token"], abs=1e-4)
+    dense = turbo_json(
+        "perplexity", tiny_gguf("qwen3", "drelu", "f32"), "--data", text, "--compute", "f32", "--mode", "dense"
+    )
+    assert dense["perplexity"] == ours["perplexity"]
+
+
+def test_bench(sparse, tiny_gguf, monkeypatch):
+    twin = tiny_gguf("llama", "dense", "q8_0")
+    record = turbo_json("bench", sparse, "--dense-twin", twin, "-n", 4, "--prompt-tokens", 8, "--repeats", 2)
+    assert [run["mode"] for run in record["runs"]] == ["dense", "exact", "dense-twin"]
+    assert record["machine"]["read_gb_s"] is None or record["machine"]["read_gb_s"] > 0.1
+    assert {"cpu", "isa", "threads"} <= record["machine"].keys()
+    for run in record["runs"]:
+        assert run["prefill_tok_s"] > 0 and run["decode_tok_s"] > 0 and run["bytes_per_token"] > 0
+    dense, exact, twin_run = record["runs"]
+    assert exact["bytes_per_token"] < dense["bytes_per_token"] == twin_run["bytes_per_token"]
+    assert record["speedup"]["exact"] == pytest.approx(exact["decode_tok_s"] / dense["decode_tok_s"])
+    assert record["speedup"]["predicted"] is None
+
+
+def test_from_a_dense_folder_to_a_running_sparse_file(tiny_folder, tmp_path):
+    converted = turbo_json("convert", tiny_folder("gemma3"), tmp_path / "sparse")
+    assert converted["architecture"] == "turbosparse_gemma3_text"
+    exported = turbo_json("export", tmp_path / "sparse", tmp_path / "out.gguf", "--quant", "q4_0")
+    assert exported["quant"] == "q4_0" and exported["file_bytes"] == (tmp_path / "out.gguf").stat().st_size
+    assert turbo_json("run", tmp_path / "out.gguf", "-p", "hi", "-n", 3, "--ignore-eos")["mode"] == "exact"
+
+
+def test_demo(tiny_gguf, text, tmp_path):
+    picture = tmp_path / "demo.svg"
+    done = turbo("demo", "--model", tiny_gguf("llama", "drelu", "q4_0"), "--data", text, "--svg", picture)
+    assert "same text" in done.stdout and "yes" in done.stdout and " NO" not in done.stdout
+    assert picture.read_text().startswith("<svg")
+
+
+BAD = {
+    "missing file": (["run", "nowhere.gguf", "-p", "x"], "nowhere.gguf"),
+    "not a GGUF": (["info", "{junk}"], "junk.gguf"),
+    "truncated": (["run", "{truncated}", "-p", "x"], "truncated.gguf"),
+    "a folder": (["run", "{folder}", "-p", "x"], "turbosparse export"),
+    "exact on dense": (["run", "{dense}", "-p", "x", "--mode", "exact"], "mode exact"),
+    "prompt too long": (["run", "{sparse}", "-p", "word " * 50, "--ctx", "20"], "do not fit the context of 20"),
+    "empty prompt": (["run", "{sparse}", "-p", ""], "prompt is empty"),
+    "not JSONL": (["perplexity", "{sparse}", "--data", "{broken}"], "broken.jsonl"),
+    "missing data": (["analyze", "{sparse}", "--data", "nothing.txt"], "nothing.txt"),
+    "no config": (["convert", "{empty}", "{new}"], "config.json"),
+    "export without config": (["export", "{empty}", "{new}"], "config.json"),
+    "out exists": (["convert", "{folder}", "{empty}"], "exists already"),
+    "no recipe": (["train", "nothing.yaml"], "nothing.yaml"),
+    "unknown recipe key": (["train", "{recipe}"], "modle"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_sentence_and_exit_code_2(case, tiny_gguf, tiny_folder, sparse, tmp_path):
+    names = {"sparse": sparse, "dense": tiny_gguf("llama", "dense", "q8_0"), "folder": tiny_folder("llama")}
+    names |= {"junk": tmp_path / "junk.gguf", "truncated": tmp_path / "truncated.gguf", "new": tmp_path / "new"}
+    names |= {"broken": tmp_path / "broken.jsonl", "empty": tmp_path / "empty", "recipe": tmp_path / "recipe.yaml"}
+    names["junk"].write_bytes(b"no model at all")
+    names["truncated"].write_bytes(sparse.read_bytes()[:-1000])
+    names["broken"].write_text('{"text": "fine"}\nnot json\n')
+    names["empty"].mkdir()
+    names["recipe"].write_text("modle: x\n")
+    arguments, part = BAD[case]
+    done = turbo(*[argument.format(**names) for argument in arguments], code=2)
+    sentence = done.stderr.strip()
+    assert sentence.startswith("turbosparse: ") and part in sentence and "\n" not in sentence, sentence
+    assert done.stdout == "" and not names["new"].exists()
+
+
+def test_a_wrong_option_is_exit_code_2(sparse):
+    assert "--mode" in turbo("run", sparse, "-p", "x", "--mode", "fast", code=2).stderr
