@@ -40,6 +40,7 @@ struct Rows {
 };
 
 inline constexpr int kTallRows = 4;
+inline constexpr int64_t kAheadBytes = 4096;        // how far ahead of a range's rows the cache is filled
 inline constexpr int64_t kBlockBytes = 256 * 1024;  // rows that stay in the second-level cache over all vectors
 
 // Which listed rows to fetch into the cache while others are in work: those some kilobytes further down the list, which
@@ -111,9 +112,11 @@ static void dot_vectors(const Matrix& w, int64_t first, int64_t last, const Vect
                         int64_t stride) {
   constexpr int kRows = N == 1 ? kTallRows : Tile::kWideRows;
   const typename Tile::template Input<N> input(w, x, v);
+  const int64_t distance = kRows + kAheadBytes / w.row_bytes();
   int64_t row = first;
   for (; row + kRows <= last; row += kRows) {
-    const int64_t next = row + 2 * kRows <= last ? row + kRows : row;
+    const int64_t far = row + distance;
+    const int64_t next = far + kRows <= last ? far : row;
     Tile::template run<kRows, N>(w, Rows<kRows>(w, row), Rows<kRows>(w, next), input, out + v * stride + row, stride);
   }
   for (; row < last; ++row) {
