@@ -11,7 +11,28 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "kernels/pack.h"
+
 namespace turbosparse {
+namespace {
+
+constexpr int64_t kRestRows = 32;  // rows multiplied by both halves of an input before the next ones
+
+// left = x - scale * q: what quantisation lost.
+void take_quantised_off(const float* x, const int8_t* q, const float* scale, int64_t blocks, float* left) {
+  for (int64_t begin = 0; begin < blocks;) {
+    const int64_t group = group_size(blocks - begin);
+    for (int64_t b = 0; b < group; ++b) {
+      for (int64_t i = 0; i < kBlock; ++i) {
+        const int64_t column = (begin + b) * kBlock + i;
+        left[column] = x[column] - scale[begin + b] * q[begin * kBlock + byte_in_group(group, b, i)];
+      }
+    }
+    begin += group;
+  }
+}
+
+}  // namespace
 
 struct Session::Pass {
   const int32_t* tokens;
@@ -27,6 +48,19 @@ void Session::Prepared::resize(int64_t n, int64_t cols) {
   q.resize(n * cols);
   scale.resize(n * (cols / kBlock));
   sum.resize(n * (cols / kBlock));
+}
+
+Vectors Session::Prepared::view(int64_t n, int64_t cols, bool quantized) const {
+  Vectors v;
+  v.count = n;
+  v.cols = cols;
+  v.x = x.data();
+  if (quantized) {
+    v.q = q.data();
+    v.scale = scale.data();
+    v.sum = sum.data();
+  }
+  return v;
 }
 
 Session::Session(std::shared_ptr<Model> model, int64_t context)
@@ -49,9 +83,12 @@ Session::Session(std::shared_ptr<Model> model, int64_t context)
   }
   for (auto* table : {&cosine_, &sine_, &cosine_local_, &sine_local_}) table->resize(n * (config_.head_dim / 2));
   shared_.resize(n, widest);
+  shared_rest_.resize(n, widest);
   scratch_.resize(model_->team().size());
   for (Scratch& s : scratch_) {
     s.input.resize(1, widest);
+    s.rest.resize(1, widest);
+    s.rest_product.resize(std::max(n * kRestRows, model_->neuron_block()));
     s.scores.resize(context_);
     s.gate.resize(n * model_->neuron_block());
     s.up.resize(n * model_->neuron_block());
@@ -131,13 +168,15 @@ void Session::embed(Member& member, const Pass& pass) {
   member.barrier();
 }
 
-Vectors Session::prepare(Member& member, int64_t n, int64_t cols, const float* source, int64_t stride,
-                         const float* norm) {
+Session::Inputs Session::prepare(Member& member, int64_t n, const Matrix& w, const float* source, int64_t stride,
+                                 const float* norm) {
   // A single vector is prepared by every member for itself: cheaper than a barrier.
   const bool alone = n == 1;
+  const int64_t cols = w.cols, blocks = cols / kBlock;
   Prepared& into = alone ? scratch_[member.rank()].input : shared_;
-  const int64_t blocks = cols / kBlock;
+  Prepared& rest = alone ? scratch_[member.rank()].rest : shared_rest_;
   const bool quantized = !model_->exact_fp32() && cols % kBlock == 0;
+  const bool fine = quantized && w.type == WeightType::q8_0;
   const auto [first, last] = alone ? std::pair<int64_t, int64_t>{0, 1} : member.part(n);
   for (int64_t t = first; t < last; ++t) {
     float* x = &into.x[t * cols];
@@ -146,38 +185,61 @@ Vectors Session::prepare(Member& member, int64_t n, int64_t cols, const float* s
     } else {
       std::memcpy(x, source + t * stride, cols * sizeof(float));
     }
-    if (quantized) kernels_.quantize(x, cols, &into.q[t * cols], &into.scale[t * blocks], &into.sum[t * blocks]);
+    if (!quantized) continue;
+    const int8_t* q = &into.q[t * cols];
+    const float* scale = &into.scale[t * blocks];
+    kernels_.quantize(x, cols, &into.q[t * cols], &into.scale[t * blocks], &into.sum[t * blocks]);
+    if (!fine) continue;
+    float* left = &rest.x[t * cols];
+    take_quantised_off(x, q, scale, blocks, left);
+    kernels_.quantize(left, cols, &rest.q[t * cols], &rest.scale[t * blocks], &rest.sum[t * blocks]);
   }
   if (!alone) member.barrier();
-  Vectors v;
-  v.count = n;
-  v.cols = cols;
-  v.x = into.x.data();
-  if (quantized) {
-    v.q = into.q.data();
-    v.scale = into.scale.data();
-    v.sum = into.sum.data();
-  }
-  return v;
+  return Inputs{into.view(n, cols, quantized), rest.view(fine ? n : 0, cols, fine)};
 }
 
-Vectors Session::normed(Member& member, int64_t n, const float* weight) {
-  return prepare(member, n, config_.hidden, residual_.data(), config_.hidden, weight);
+Session::Inputs Session::normed(Member& member, int64_t n, const float* weight, const Matrix& w) {
+  return prepare(member, n, w, residual_.data(), config_.hidden, weight);
 }
 
-void Session::multiply(Member& member, const Matrix& w, const Vectors& x, float* out, int64_t stride,
-                       Scratch& scratch) {
-  const auto [first, last] = member.part(w.rows, 16);
-  if (first >= last) return;
-  kernels_.dot(w, first, last, x, out, stride);
+void Session::product(Scratch& scratch, const Matrix& w, int64_t first, int64_t last, const Inputs& x, float* out,
+                      int64_t stride) {
   scratch.traffic.bytes += (last - first) * w.row_bytes();
+  if (x.rest.count == 0 || w.type != WeightType::q8_0) {
+    kernels_.dot(w, first, last, x.values, out, stride);
+    return;
+  }
+  // A few rows at a time, so that their second use finds them in the cache.
+  for (int64_t row = first; row < last; row += kRestRows) {
+    const int64_t end = std::min(row + kRestRows, last);
+    float* rest = scratch.rest_product.data();
+    kernels_.dot(w, row, end, x.values, out, stride);
+    kernels_.dot(w, row, end, x.rest, rest - row, kRestRows);
+    for (int64_t v = 0; v < x.values.count; ++v) {
+      for (int64_t r = row; r < end; ++r) out[v * stride + r] += rest[v * kRestRows + r - row];
+    }
+  }
 }
 
-void Session::add_to_residual(Member& member, const Pass& pass, const Matrix& w, const Vectors& x,
+// The rows in scratch.active of w by one vector, into scratch.coefficient.
+void Session::listed_product(Scratch& scratch, const Matrix& w, int64_t n, const Inputs& x, int64_t vector) {
+  scratch.traffic.bytes += n * w.row_bytes();
+  kernels_.dot_listed(w, scratch.active.data(), n, x.values, vector, scratch.coefficient.data());
+  if (x.rest.count == 0 || w.type != WeightType::q8_0) return;
+  float* rest = scratch.rest_product.data();
+  kernels_.dot_listed(w, scratch.active.data(), n, x.rest, vector, rest);
+  for (int64_t i = 0; i < n; ++i) scratch.coefficient[i] += rest[i];
+}
+
+void Session::multiply(Member& member, const Matrix& w, const Inputs& x, float* out, int64_t stride) {
+  const auto [first, last] = member.part(w.rows, 16);
+  if (first < last) product(scratch_[member.rank()], w, first, last, x, out, stride);
+}
+
+void Session::add_to_residual(Member& member, const Pass& pass, const Matrix& w, const Inputs& x,
                               const float* post_norm) {
-  Scratch& scratch = scratch_[member.rank()];
   const int64_t d = config_.hidden;
-  multiply(member, w, x, update_.data(), d, scratch);
+  multiply(member, w, x, update_.data(), d);
   if (post_norm) {
     norm_into_residual(member, pass.n, post_norm);
     return;
@@ -216,11 +278,10 @@ std::byte* Session::value(int64_t layer, int64_t kv_head, int64_t position) cons
 void Session::attention(Member& member, const Pass& pass, int64_t index) {
   const Layer& layer = model_->layers()[index];
   const int64_t q = config_.q_size(), kv = config_.kv_size(), stride = q + 2 * kv;
-  Scratch& scratch = scratch_[member.rank()];
-  const Vectors x = normed(member, pass.n, layer.attention_norm);
-  multiply(member, layer.q, x, qkv_.data(), stride, scratch);
-  multiply(member, layer.k, x, qkv_.data() + q, stride, scratch);
-  multiply(member, layer.v, x, qkv_.data() + q + kv, stride, scratch);
+  const Inputs x = normed(member, pass.n, layer.attention_norm, layer.q);
+  multiply(member, layer.q, x, qkv_.data(), stride);
+  multiply(member, layer.k, x, qkv_.data() + q, stride);
+  multiply(member, layer.v, x, qkv_.data() + q + kv, stride);
   member.barrier();
   store_keys_and_values(member, pass, index);
   member.barrier();
@@ -229,7 +290,7 @@ void Session::attention(Member& member, const Pass& pass, int64_t index) {
     attend(member, index, item / config_.heads, item % config_.heads);
   }
   member.barrier();
-  const Vectors attended = prepare(member, pass.n, q, attended_.data(), q, nullptr);
+  const Inputs attended = prepare(member, pass.n, layer.o, attended_.data(), q, nullptr);
   add_to_residual(member, pass, layer.o, attended, layer.post_attention_norm);
 }
 
@@ -322,11 +383,10 @@ void Session::attend(Member& member, int64_t index, int64_t token, int64_t head)
 void Session::dense_ffn(Member& member, const Pass& pass, int64_t index) {
   const Layer& layer = model_->layers()[index];
   const int64_t f = config_.ffn;
-  Scratch& scratch = scratch_[member.rank()];
   float *gate = hidden_.data(), *up = gate + kPrefillBlock * f;
-  const Vectors x = normed(member, pass.n, layer.ffn_norm);
-  multiply(member, layer.gate, x, gate, f, scratch);
-  multiply(member, layer.up, x, up, f, scratch);
+  const Inputs x = normed(member, pass.n, layer.ffn_norm, layer.gate);
+  multiply(member, layer.gate, x, gate, f);
+  multiply(member, layer.up, x, up, f);
   const auto combine = config_.activation == Activation::swiglu ? kernels_.swiglu : kernels_.geglu;
   const auto [first, last] = member.part(f, 16);
   for (int64_t t = 0; t < pass.n; ++t) {
@@ -344,14 +404,14 @@ void Session::dense_ffn(Member& member, const Pass& pass, int64_t index) {
     }
   }
   member.barrier();
-  const Vectors h = prepare(member, pass.n, f, gate, f, nullptr);
+  const Inputs h = prepare(member, pass.n, layer.down, gate, f, nullptr);
   add_to_residual(member, pass, layer.down, h, layer.post_ffn_norm);
 }
 
 void Session::sparse_ffn(Member& member, const Pass& pass, int64_t index) {
   const Layer& layer = model_->layers()[index];
   if (member.rank() == 0) next_block_.store(0, std::memory_order_relaxed);
-  const Vectors x = normed(member, pass.n, layer.ffn_norm);
+  const Inputs x = normed(member, pass.n, layer.ffn_norm, layer.gate);
   member.barrier();  // nobody takes a block before the counter is back at zero
   const int64_t blocks = model_->neuron_blocks();
   for (int64_t b; (b = next_block_.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
@@ -371,19 +431,17 @@ void Session::sparse_ffn(Member& member, const Pass& pass, int64_t index) {
 }
 
 // One block of neurons: gate, then up and down where they matter, into the block's own partial sum.
-void Session::neuron_block(Scratch& s, const Pass& pass, int64_t index, int64_t block, const Vectors& x) {
+void Session::neuron_block(Scratch& s, const Pass& pass, int64_t index, int64_t block, const Inputs& x) {
   const Layer& layer = model_->layers()[index];
   const int64_t size = model_->neuron_block(), d = config_.hidden;
   const int64_t first = block * size, last = std::min(first + size, config_.ffn), n_neurons = last - first;
   const bool relu_up = config_.activation == Activation::drelu;
   const bool skip = pass.mode == Mode::exact;
   const bool list_up = skip && pass.decode && !counts_;  // in a prompt most rows of up are needed by some token
-  // dot() writes row r at out + r: `first` is taken off, so that the block's rows land at the start of the buffer.
-  kernels_.dot(layer.gate, first, last, x, s.gate.data() - first, size);
-  s.traffic.bytes += n_neurons * layer.gate.row_bytes();
+  // Row r is written at out + r: `first` is taken off, so that the block's rows land at the start of the buffer.
+  product(s, layer.gate, first, last, x, s.gate.data() - first, size);
   if (!list_up) {
-    kernels_.dot(layer.up, first, last, x, s.up.data() - first, size);
-    s.traffic.bytes += n_neurons * layer.up.row_bytes();
+    product(s, layer.up, first, last, x, s.up.data() - first, size);
   }
   for (int64_t t = 0; t < pass.n; ++t) {
     const float* gate = &s.gate[t * size];
@@ -391,8 +449,7 @@ void Session::neuron_block(Scratch& s, const Pass& pass, int64_t index, int64_t 
     const int64_t open = kernels_.positive(gate, n_neurons, s.open.data());
     if (list_up) {
       for (int64_t i = 0; i < open; ++i) s.active[i] = static_cast<int32_t>(first) + s.open[i];
-      kernels_.dot_listed(layer.up, s.active.data(), open, x, t, s.coefficient.data());
-      s.traffic.bytes += open * layer.up.row_bytes();
+      listed_product(s, layer.up, open, x, t);
     } else {
       for (int64_t i = 0; i < open; ++i) s.coefficient[i] = up[s.open[i]];
     }
@@ -450,9 +507,10 @@ void Session::reduce_blocks(Member& member, const Pass& pass) {
 
 void Session::head(Member& member, const Pass& pass) {
   const int64_t skipped = pass.n - pass.n_logits, vocab = config_.vocab;
-  const Vectors x = prepare(member, pass.n_logits, config_.hidden, residual_.data() + skipped * config_.hidden,
-                            config_.hidden, model_->output_norm());
-  multiply(member, model_->head(), x, pass.logits, vocab, scratch_[member.rank()]);
+  const Matrix& w = model_->head();
+  const Inputs x = prepare(member, pass.n_logits, w, residual_.data() + skipped * config_.hidden, config_.hidden,
+                           model_->output_norm());
+  multiply(member, w, x, pass.logits, vocab);
   const float cap = config_.logit_softcap;
   if (cap <= 0) return;
   const auto [first, last] = member.part(vocab, 16);

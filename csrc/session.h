@@ -32,17 +32,23 @@ class Session {
   void reset() { position_ = 0; }
 
  private:
-  // One set of inputs for matrix products, in fp32 and as int8 blocks.
+  // Room for a set of inputs of matrix products, in fp32 and as int8 blocks.
   struct Prepared {
     std::vector<float> x, scale;
     std::vector<int8_t> q;
     std::vector<int32_t> sum;
     void resize(int64_t n, int64_t cols);
+    Vectors view(int64_t n, int64_t cols, bool quantized) const;
+  };
+  // The inputs of a product. Blocks of int8 lose more than Q8_0 weights do, so for these a second int8 vector holds
+  // what the first one left: x = values + rest, to some 15 bits. `rest.count` is 0 where it is not needed.
+  struct Inputs {
+    Vectors values, rest;
   };
   // What a member needs for itself.
   struct Scratch {
-    Prepared input;
-    std::vector<float> scores, gate, up, coefficient;
+    Prepared input, rest;
+    std::vector<float> scores, gate, up, coefficient, rest_product;
     std::vector<int32_t> open, active;
     Traffic traffic;
   };
@@ -57,15 +63,20 @@ class Session {
   void attend(Member& member, int64_t index, int64_t token, int64_t head);
   void dense_ffn(Member& member, const Pass& pass, int64_t index);
   void sparse_ffn(Member& member, const Pass& pass, int64_t index);
-  void neuron_block(Scratch& scratch, const Pass& pass, int64_t index, int64_t block, const Vectors& x);
+  void neuron_block(Scratch& scratch, const Pass& pass, int64_t index, int64_t block, const Inputs& x);
   void reduce_blocks(Member& member, const Pass& pass);
   void head(Member& member, const Pass& pass);
 
-  // Norm the residual stream and prepare it for products; every member gets all n vectors.
-  Vectors normed(Member& member, int64_t n, const float* weight);
-  Vectors prepare(Member& member, int64_t n, int64_t cols, const float* source, int64_t stride, const float* norm);
-  void add_to_residual(Member& member, const Pass& pass, const Matrix& w, const Vectors& x, const float* post_norm);
-  void multiply(Member& member, const Matrix& w, const Vectors& x, float* out, int64_t stride, Scratch& scratch);
+  // Make vectors (the residual stream, for `normed`) the inputs of products with `w` and matrices of its type; every
+  // member gets all n of them.
+  Inputs normed(Member& member, int64_t n, const float* weight, const Matrix& w);
+  Inputs prepare(Member& member, int64_t n, const Matrix& w, const float* source, int64_t stride, const float* norm);
+  void add_to_residual(Member& member, const Pass& pass, const Matrix& w, const Inputs& x, const float* post_norm);
+  void multiply(Member& member, const Matrix& w, const Inputs& x, float* out, int64_t stride);
+  // Rows [first, last) of w; row r of vector v goes to out[v * stride + r].
+  void product(Scratch& scratch, const Matrix& w, int64_t first, int64_t last, const Inputs& x, float* out,
+               int64_t stride);
+  void listed_product(Scratch& scratch, const Matrix& w, int64_t n, const Inputs& x, int64_t vector);
   void norm_into_residual(Member& member, int64_t n, const float* post_norm);
 
   std::byte* key(int64_t layer, int64_t kv_head, int64_t position) const;
@@ -79,7 +90,7 @@ class Session {
   Mapping keys_, values_;
   std::vector<float> residual_, update_, qkv_, attended_, hidden_, partial_;
   std::vector<float> cosine_, sine_, cosine_local_, sine_local_;
-  Prepared shared_;
+  Prepared shared_, shared_rest_;
   std::vector<Scratch> scratch_;
   Counts* counts_ = nullptr;  // the model's, while it counts
   std::atomic<int64_t> next_block_{0};
