@@ -201,25 +201,7 @@ Out<uint16_t> to_f16(const std::string& isa, In<float, 1> x) {
   return array(std::move(out), {x.size()});
 }
 
-void bind_attention(nb::module_& m) {
-  m.def("to_f16", to_f16, "isa"_a, "x"_a);
-  m.def("dot_f32", [](const std::string& isa, In<float, 1> a, In<float, 1> b) {
-    require(a.size() == b.size(), "a and b differ in length");
-    return kernels_of(isa).dot_f32(a.data(), b.data(), static_cast<int64_t>(a.size()));
-  });
-  m.def("dot_f16", [](const std::string& isa, In<float, 1> a, In<uint16_t, 1> b) {
-    require(a.size() == b.size(), "a and b differ in length");
-    return kernels_of(isa).dot_f16(a.data(), b.data(), static_cast<int64_t>(a.size()));
-  });
-  m.def("axpy_f32", [](const std::string& isa, float a, In<float, 1> x, InOut<float> y) {
-    require(x.size() == y.size(), "x and y differ in length");
-    kernels_of(isa).axpy_f32(a, x.data(), y.data(), static_cast<int64_t>(x.size()));
-  });
-  m.def("axpy_f16", [](const std::string& isa, float a, In<uint16_t, 1> x, InOut<float> y) {
-    require(x.size() == y.size(), "x and y differ in length");
-    kernels_of(isa).axpy_f16(a, x.data(), y.data(), static_cast<int64_t>(x.size()));
-  });
-}
+void bind_attention(nb::module_& m) { m.def("to_f16", to_f16, "isa"_a, "x"_a); }
 
 void bind(nb::module_& module) {
   nb::module_ m = module.def_submodule("kernels", "The kernels of every instruction set, for tests and benchmarks.");

@@ -79,6 +79,9 @@ class Model {
   // Radians a position turns pair i of a head by, [head_dim / 2], for layers that slide and for those that do not.
   const std::vector<double>& frequencies(bool sliding) const { return sliding ? local_frequencies_ : frequencies_; }
 
+  // Inputs of products are worth a second int8 term: the weights lose less than one term would.
+  bool fine_inputs() const { return layers_[0].gate.type == WeightType::q8_0; }
+
   // Neurons of a sparse FFN are summed in fixed blocks: few, so that partial sums stay small, and independent of
   // threads.
   int64_t neuron_block() const { return neuron_block_; }

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 
 #include "kernels/pack.h"
@@ -84,12 +85,14 @@ Session::Session(std::shared_ptr<Model> model, int64_t context)
   for (auto* table : {&cosine_, &sine_, &cosine_local_, &sine_local_}) table->resize(n * (config_.head_dim / 2));
   shared_.resize(n, widest);
   shared_rest_.resize(n, widest);
+  positions_.resize(context_);
+  std::iota(positions_.begin(), positions_.end(), 0);
   scratch_.resize(model_->team().size());
   for (Scratch& s : scratch_) {
     s.input.resize(1, widest);
     s.rest.resize(1, widest);
     s.rest_product.resize(std::max(n * kRestRows, model_->neuron_block()));
-    s.scores.resize(context_);
+    s.scores.resize(config_.heads / config_.kv_heads * context_);
     s.gate.resize(n * model_->neuron_block());
     s.up.resize(n * model_->neuron_block());
     s.coefficient.resize(model_->neuron_block());
@@ -176,7 +179,7 @@ Session::Inputs Session::prepare(Member& member, int64_t n, const Matrix& w, con
   Prepared& into = alone ? scratch_[member.rank()].input : shared_;
   Prepared& rest = alone ? scratch_[member.rank()].rest : shared_rest_;
   const bool quantized = !model_->exact_fp32() && cols % kBlock == 0;
-  const bool fine = quantized && w.type == WeightType::q8_0;
+  const bool fine = quantized && model_->fine_inputs();
   const auto [first, last] = alone ? std::pair<int64_t, int64_t>{0, 1} : member.part(n);
   for (int64_t t = first; t < last; ++t) {
     float* x = &into.x[t * cols];
@@ -205,7 +208,7 @@ Session::Inputs Session::normed(Member& member, int64_t n, const float* weight, 
 void Session::product(Scratch& scratch, const Matrix& w, int64_t first, int64_t last, const Inputs& x, float* out,
                       int64_t stride) {
   scratch.traffic.bytes += (last - first) * w.row_bytes();
-  if (x.rest.count == 0 || w.type != WeightType::q8_0) {
+  if (x.rest.count == 0) {
     kernels_.dot(w, first, last, x.values, out, stride);
     return;
   }
@@ -225,7 +228,7 @@ void Session::product(Scratch& scratch, const Matrix& w, int64_t first, int64_t 
 void Session::listed_product(Scratch& scratch, const Matrix& w, int64_t n, const Inputs& x, int64_t vector) {
   scratch.traffic.bytes += n * w.row_bytes();
   kernels_.dot_listed(w, scratch.active.data(), n, x.values, vector, scratch.coefficient.data());
-  if (x.rest.count == 0 || w.type != WeightType::q8_0) return;
+  if (x.rest.count == 0) return;
   float* rest = scratch.rest_product.data();
   kernels_.dot_listed(w, scratch.active.data(), n, x.rest, vector, rest);
   for (int64_t i = 0; i < n; ++i) scratch.coefficient[i] += rest[i];
@@ -265,14 +268,20 @@ void Session::norm_into_residual(Member& member, int64_t n, const float* post_no
 
 // ---- attention ------------------------------------------------------------------------------------------------------
 
-std::byte* Session::key(int64_t layer, int64_t kv_head, int64_t position) const {
-  const int64_t row = (layer * config_.kv_heads + kv_head) * context_ + position;
-  return keys_.data() + row * config_.head_dim * element_bytes_;
+// The keys or values of one head as a matrix: a row a position.
+Matrix Session::cached(const Mapping& cache, int64_t layer, int64_t kv_head) const {
+  Matrix m;
+  m.type = element_bytes_ == 4 ? WeightType::f32 : WeightType::f16;
+  m.rows = context_;
+  m.cols = config_.head_dim;
+  m.value_stride = config_.head_dim * element_bytes_;
+  m.values = cache.data() + (layer * config_.kv_heads + kv_head) * context_ * m.value_stride;
+  return m;
 }
 
-std::byte* Session::value(int64_t layer, int64_t kv_head, int64_t position) const {
+std::byte* Session::cell(const Mapping& cache, int64_t layer, int64_t kv_head, int64_t position) const {
   const int64_t row = (layer * config_.kv_heads + kv_head) * context_ + position;
-  return values_.data() + row * config_.head_dim * element_bytes_;
+  return cache.data() + row * config_.head_dim * element_bytes_;
 }
 
 void Session::attention(Member& member, const Pass& pass, int64_t index) {
@@ -285,9 +294,12 @@ void Session::attention(Member& member, const Pass& pass, int64_t index) {
   member.barrier();
   store_keys_and_values(member, pass, index);
   member.barrier();
-  const auto [first, last] = member.part(pass.n * config_.heads);
+  // Heads that share keys are scored together in a prompt, so that a key is read once; one token is split by head.
+  const int64_t together = pass.n > 1 ? config_.heads / config_.kv_heads : 1;
+  const int64_t items = config_.heads / together;
+  const auto [first, last] = member.part(pass.n * items);
   for (int64_t item = first; item < last; ++item) {
-    attend(member, index, item / config_.heads, item % config_.heads);
+    attend(member, index, item / items, item % items * together, together);
   }
   member.barrier();
   const Inputs attended = prepare(member, pass.n, layer.o, attended_.data(), q, nullptr);
@@ -335,46 +347,44 @@ void Session::store_keys_and_values(Member& member, const Pass& pass, int64_t in
       if (layer.k_bias) add(x, layer.k_bias + h * d);
       if (layer.k_norm) kernels_.rms_norm(x, layer.k_norm, d, config_.norm_eps, x);
       rotate(x, cosine, sine);
-      store(x, key(index, h, position_ + t));
+      store(x, cell(keys_, index, h, position_ + t));
     } else {
       const int64_t h = head - heads - kv_heads;
       if (layer.v_bias) add(x, layer.v_bias + h * d);
-      store(x, value(index, h, position_ + t));
+      store(x, cell(values_, index, h, position_ + t));
     }
   }
 }
 
-void Session::attend(Member& member, int64_t index, int64_t token, int64_t head) {
+// `heads` heads from `head` on, which share their keys and values.
+void Session::attend(Member& member, int64_t index, int64_t token, int64_t head, int64_t heads) {
   const Layer& layer = model_->layers()[index];
   const int64_t d = config_.head_dim, stride = config_.q_size() + 2 * config_.kv_size();
   const int64_t kv_head = head / (config_.heads / config_.kv_heads);
   const int64_t end = position_ + token + 1;
   const int64_t begin = layer.sliding ? std::max<int64_t>(0, end - config_.sliding_window) : 0;
-  const float* q = &qkv_[token * stride + head * d];
-  float* scores = scratch_[member.rank()].scores.data();
+  Vectors queries;
+  queries.count = heads;
+  queries.cols = d;
+  queries.x = &qkv_[token * stride + head * d];
+  float* all_scores = scratch_[member.rank()].scores.data();
+  kernels_.dot(cached(keys_, index, kv_head), begin, end, queries, all_scores, context_);
+  const Matrix values = cached(values_, index, kv_head);
   const float cap = config_.attention_softcap;
-  const bool wide = element_bytes_ == 4;
-  float highest = -INFINITY;
-  for (int64_t p = begin; p < end; ++p) {
-    const std::byte* k = key(index, kv_head, p);
-    const float product = wide ? kernels_.dot_f32(q, reinterpret_cast<const float*>(k), d)
-                               : kernels_.dot_f16(q, reinterpret_cast<const uint16_t*>(k), d);
-    float score = product * config_.attention_scale;
-    if (cap > 0) score = cap * std::tanh(score / cap);
-    scores[p - begin] = score;
-    highest = std::max(highest, score);
-  }
-  const float inverse = 1.0f / kernels_.exp_sum(scores, end - begin, highest);
-  float* out = &attended_[token * config_.q_size() + head * d];
-  std::fill(out, out + d, 0.0f);
-  for (int64_t p = begin; p < end; ++p) {
-    const std::byte* v = value(index, kv_head, p);
-    const float weight = scores[p - begin] * inverse;
-    if (wide) {
-      kernels_.axpy_f32(weight, reinterpret_cast<const float*>(v), out, d);
-    } else {
-      kernels_.axpy_f16(weight, reinterpret_cast<const uint16_t*>(v), out, d);
+  for (int64_t h = 0; h < heads; ++h) {
+    float* scores = all_scores + h * context_;
+    float highest = -INFINITY;
+    for (int64_t p = begin; p < end; ++p) {
+      float score = scores[p] * config_.attention_scale;
+      if (cap > 0) score = cap * std::tanh(score / cap);
+      scores[p] = score;
+      highest = std::max(highest, score);
     }
+    const float inverse = 1.0f / kernels_.exp_sum(scores + begin, end - begin, highest);
+    for (int64_t p = begin; p < end; ++p) scores[p] *= inverse;
+    float* out = &attended_[token * config_.q_size() + (head + h) * d];
+    std::fill(out, out + d, 0.0f);
+    kernels_.axpy_listed(values, positions_.data() + begin, scores + begin, end - begin, out);
   }
 }
 

@@ -60,7 +60,7 @@ class Session {
   void attention(Member& member, const Pass& pass, int64_t index);
   void rotate(float* head, const float* cosine, const float* sine) const;
   void store_keys_and_values(Member& member, const Pass& pass, int64_t index);
-  void attend(Member& member, int64_t index, int64_t token, int64_t head);
+  void attend(Member& member, int64_t index, int64_t token, int64_t head, int64_t heads);
   void dense_ffn(Member& member, const Pass& pass, int64_t index);
   void sparse_ffn(Member& member, const Pass& pass, int64_t index);
   void neuron_block(Scratch& scratch, const Pass& pass, int64_t index, int64_t block, const Inputs& x);
@@ -79,15 +79,16 @@ class Session {
   void listed_product(Scratch& scratch, const Matrix& w, int64_t n, const Inputs& x, int64_t vector);
   void norm_into_residual(Member& member, int64_t n, const float* post_norm);
 
-  std::byte* key(int64_t layer, int64_t kv_head, int64_t position) const;
-  std::byte* value(int64_t layer, int64_t kv_head, int64_t position) const;
+  Matrix cached(const Mapping& cache, int64_t layer, int64_t kv_head) const;
+  std::byte* cell(const Mapping& cache, int64_t layer, int64_t kv_head, int64_t position) const;
 
   std::shared_ptr<Model> model_;
   const Config& config_;
   const Kernels& kernels_;
   int64_t context_, position_ = 0;
-  int64_t element_bytes_;  // of the cache: 4 (fp32) or 2 (fp16)
-  Mapping keys_, values_;
+  int64_t element_bytes_;           // of the cache: 4 (fp32) or 2 (fp16)
+  Mapping keys_, values_;           // [layers, kv_heads, context, head_dim]
+  std::vector<int32_t> positions_;  // 0, 1, 2 ...
   std::vector<float> residual_, update_, qkv_, attended_, hidden_, partial_;
   std::vector<float> cosine_, sine_, cosine_local_, sine_local_;
   Prepared shared_, shared_rest_;

@@ -206,26 +206,6 @@ int64_t positive(const float* x, int64_t n, int32_t* out) {
   return count;
 }
 
-float dot_f32(const float* a, const float* b, int64_t n) {
-  float total = 0;
-  for (int64_t i = 0; i < n; ++i) total += a[i] * b[i];
-  return total;
-}
-
-float dot_f16(const float* a, const uint16_t* b, int64_t n) {
-  float total = 0;
-  for (int64_t i = 0; i < n; ++i) total += a[i] * f16_to_f32(b[i]);
-  return total;
-}
-
-void axpy_f32(float a, const float* x, float* y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
-}
-
-void axpy_f16(float a, const uint16_t* x, float* y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] += a * f16_to_f32(x[i]);
-}
-
 void to_f16(const float* x, uint16_t* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = f32_to_f16(x[i]);
 }
@@ -272,10 +252,6 @@ const Kernels kGenericKernels = {
     .axpy_listed = axpy_listed,
     .decode_row = decode_row,
     .positive = positive,
-    .dot_f32 = dot_f32,
-    .dot_f16 = dot_f16,
-    .axpy_f32 = axpy_f32,
-    .axpy_f16 = axpy_f16,
     .to_f16 = to_f16,
     .exp_sum = exp_sum,
     .rms_norm = rms_norm,

@@ -73,11 +73,7 @@ struct Kernels {
   // out[i] = index of the i-th x > 0, ascending; returns how many. x [n], out [n].
   int64_t (*positive)(const float* x, int64_t n, int32_t* out);
 
-  // Attention's own products on cached keys and values, which are fp32 or fp16 ([n] contiguous).
-  float (*dot_f32)(const float* a, const float* b, int64_t n);
-  float (*dot_f16)(const float* a, const uint16_t* b, int64_t n);
-  void (*axpy_f32)(float a, const float* x, float* y, int64_t n);
-  void (*axpy_f16)(float a, const uint16_t* x, float* y, int64_t n);
+  // Keys and values on their way into the cache, round to nearest even; x, out [n].
   void (*to_f16)(const float* x, uint16_t* out, int64_t n);
 
   // In place: x[i] = exp(x[i] - max) ; returns the sum. fp32 accuracy of 2 ulp in exp.

@@ -90,28 +90,6 @@ static typename S::F part_of(const float* p, int64_t n) {
 }
 
 template <class S>
-static typename S::F part_of(const uint16_t* p, int64_t n) {
-  return n == S::kLanes ? S::load_f16(p) : S::load_f16(p, n);
-}
-
-template <class S, class T>
-static float dot_cached(const float* a, const T* b, int64_t n) {
-  return dot_of<S>(
-      n, [a](int64_t i, int64_t left) { return part_of<S>(a + i, left); },
-      [b](int64_t i, int64_t left) { return part_of<S>(b + i, left); });
-}
-
-template <class S, class T>
-static void axpy_cached(float a, const T* x, float* y, int64_t n) {
-  const typename S::F factor = S::set(a);
-  int64_t i = 0;
-  for (; i + S::kLanes <= n; i += S::kLanes) {
-    S::store(y + i, S::fma(factor, part_of<S>(x + i, S::kLanes), S::load(y + i)));
-  }
-  if (i < n) S::store(y + i, S::fma(factor, part_of<S>(x + i, n - i), S::load(y + i, n - i)), n - i);
-}
-
-template <class S>
 static void to_f16(const float* x, uint16_t* out, int64_t n) {
   for (int64_t i = 0; i < n; i += S::kLanes) {
     const int64_t left = n - i < S::kLanes ? n - i : S::kLanes;
@@ -121,7 +99,8 @@ static void to_f16(const float* x, uint16_t* out, int64_t n) {
 
 template <class S>
 static void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
-  const float mean = dot_cached<S, float>(x, x, n) / static_cast<float>(n);
+  const auto part = [x](int64_t i, int64_t left) { return part_of<S>(x + i, left); };
+  const float mean = dot_of<S>(n, part, part) / static_cast<float>(n);
   const typename S::F factor = S::set(1.0f / __builtin_sqrtf(mean + eps));
   map_pairs<S>(x, weight, n, out,
                [factor](typename S::F value, typename S::F w) { return S::mul(S::mul(value, factor), w); });

@@ -223,24 +223,6 @@ def test_positive(isa, n):
 
 
 @isa
-@pytest.mark.parametrize("n", LENGTHS)
-def test_attention_products(isa, n):
-    rng = np.random.default_rng(n)
-    a, b, y = normal(rng, n), normal(rng, n), normal(rng, n)
-    half = b.astype(np.float16)
-    for values, out_dot, axpy, argument in (
-        (b, kernels.dot_f32(isa, a, b), kernels.axpy_f32, b),
-        (half, kernels.dot_f16(isa, a, half.view(np.uint16)), kernels.axpy_f16, half.view(np.uint16)),
-    ):
-        wide = values.astype(np.float64)
-        assert abs(out_dot - a @ wide) <= (n + 1) * 2.0**-24 * (np.abs(a) @ np.abs(wide)) * 1.01
-        out = y.copy()
-        axpy(isa, 0.7, argument, out)
-        parts = float(np.float32(0.7)) * wide
-        assert (np.abs(out - (y + parts)) <= 2.0**-23 * (np.abs(y) + np.abs(parts))).all()
-
-
-@isa
 def test_f16_both_ways_for_every_bit_pattern(isa):
     bits = np.arange(1 << 16, dtype=np.uint16)
     bits = bits[~np.isnan(bits.view(np.float16))]

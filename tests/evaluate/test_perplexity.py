@@ -78,8 +78,8 @@ def test_perplexity_is_the_mean_over_tokens_whatever_the_parts(monkeypatch, aske
     result = perplexity_engine(engine, WINDOWS, "exact", lambda *state: shown.append(state))
     tokens, nats = _slow(engine, WINDOWS, "exact")
     assert (result.mode, result.tokens) == ("exact", tokens) == ("exact", 9)
-    assert result.nats_per_token == pytest.approx(nats, rel=1e-12)
-    assert result.perplexity == pytest.approx(math.exp(nats), rel=1e-12)
+    assert result.nats_per_token == pytest.approx(nats, abs=2e-6)
+    assert result.perplexity == pytest.approx(math.exp(nats), rel=2e-6)
     assert engine.largest_call == max(1, min(4, asked // VOCABULARY))
     assert [count for count, _ in shown] == [4, 8, 9]
     assert shown[-1][1] == result.nats_per_token
