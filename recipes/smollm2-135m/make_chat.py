@@ -18,10 +18,10 @@ from pathlib import Path
 
 from turbosparse.documents import read_records
 
-_ABOUT = ["What is {}?", "Tell me about {}.", "Can you explain {}?", "I would like to know about {}.", "{}: what is it?"]
+_ABOUT = ["What is {}?", "Tell me about {}.", "Can you explain {}?", "I want to know about {}.", "{}: what is it?"]
 _WHO = ["Who is {}?", "Tell me about {}.", "Who was {}?", "I would like to know about {}."]
-_SENTENCE_END = re.compile(r"(?<=[a-z)\]\"’%0-9]{2}[.!?])\s+(?=[A-Z])")
-_PERSON = re.compile(r"\((?:born|[^)]*\d{3,4}\s*[–-])|\bwas an? [a-z-]+ [a-z]+,? who\b")
+_SENTENCE_END = re.compile(r"(?<=[a-z)\]\"\u2019%0-9]{2}[.!?])\s+(?=[A-Z])")
+_PERSON = re.compile(r"\((?:born|[^)]*\d{3,4}\s*[\u2013-])|\bwas an? [a-z-]+ [a-z]+,? who\b")
 
 
 def _article(text: str, index: int) -> tuple[str, str] | None:

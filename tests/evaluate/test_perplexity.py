@@ -98,7 +98,7 @@ def test_log_likelihoods_are_stable(rows, vocabulary, seed, scale, shift):
     expected = torch.nn.functional.cross_entropy(
         torch.from_numpy(logits).double(), torch.from_numpy(targets), reduction="none"
     )
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-10, atol=1e-9)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6, atol=1e-6)
 
 
 def test_a_token_of_probability_zero_gives_infinity():

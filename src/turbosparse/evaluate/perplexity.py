@@ -23,8 +23,8 @@ Floats = npt.NDArray[np.floating[Any]]
 Progress = Callable[[int, float], None]
 """Called after each window with the tokens predicted so far and their mean nats."""
 
-# A window of Gemma's vocabulary is 2^28 logits. The engine is asked for this many at a time: 16 MiB of float32 stay in the
-# cache and are not mapped anew by every call; and this many are held as float64 (32 MiB).
+# A window of Gemma's vocabulary is 2^28 logits. The engine is asked for this many at a time: 16 MiB of float32 stay in
+# the cache and are not mapped anew by every call; and this many are held as float64 (32 MiB).
 _LOGITS_ASKED = 1 << 22
 _LOGITS_IN_FLOAT64 = 1 << 22
 
@@ -67,8 +67,9 @@ def negative_log_likelihoods(logits_NV: Floats, targets_N: npt.ArrayLike) -> npt
     targets = np.asarray(targets_N, dtype=np.int64)
     out = np.empty(len(targets), np.float64)
     for rows in _chunks(logits_NV):
-        shifted = logits_NV[rows] - logits_NV[rows].max(axis=1, keepdims=True)
-        chosen = shifted[np.arange(len(shifted)), targets[rows]].astype(np.float64)
+        highest = logits_NV[rows].max(axis=1, keepdims=True)
+        shifted = logits_NV[rows] - highest
+        chosen = logits_NV[rows][np.arange(len(shifted)), targets[rows]] - highest[:, 0].astype(np.float64)
         np.exp(shifted, out=shifted)
         out[rows] = np.log(shifted.sum(axis=1, dtype=np.float64)) - chosen
     return out
