@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a dense SmolLM2-135M to TurboSparse-SmolLM2-135M: convert, chat set, control, dReLU model. Steps that are done are skipped.
+# From a dense SmolLM2-135M to TurboSparse-SmolLM2-135M and its SwiGLU control. Steps that are done are skipped.
 #
 #     recipes/smollm2-135m/run.sh SMOLLM2 CORPUS WORK
 #
@@ -12,8 +12,8 @@ turbosparse=${TURBOSPARSE:-python3 -m turbosparse}
 
 mkdir -p "$WORK"
 [ -d "$WORK/smollm2-135m-dense" ] || $turbosparse convert "$source" "$WORK/smollm2-135m-dense" --activation keep
-[ -d "$WORK/smollm2-135m-drelu" ] || $turbosparse convert "$WORK/smollm2-135m-dense" "$WORK/smollm2-135m-drelu"
 [ -f "$WORK/chat.jsonl" ] || python3 "$here/make_chat.py" "$CORPUS" "$WORK/chat.jsonl"
-for recipe in control drelu; do
-    $turbosparse train "$here/$recipe.yaml" --resume
-done
+$turbosparse train "$here/adapt.yaml" --resume
+[ -d "$WORK/smollm2-135m-drelu" ] || $turbosparse convert "$WORK/runs/adapt/1-adapt" "$WORK/smollm2-135m-drelu"
+$turbosparse train "$here/control.yaml" --resume
+$turbosparse train "$here/drelu.yaml" --resume
