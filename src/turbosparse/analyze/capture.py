@@ -42,6 +42,8 @@ def capture_hf(folder: Path, data: Path, limit: int | None = None, progress: Pro
     Raises:
         UserError: torch is missing, or the folder is no model with gated FFNs.
     """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json; give a Hugging Face folder or a GGUF file.")
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer

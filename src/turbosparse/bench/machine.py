@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 _SYS_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_CGROUP = Path("/sys/fs/cgroup")
 _ASSUMED_CACHE = 64 << 20
 """Where the system does not tell the size of its last-level cache: more than most have."""
 
@@ -78,8 +79,17 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def available_memory_bytes() -> int:
-    """Memory that can be taken without swapping, or a guess of 4 GB where the system does not tell."""
+def available_memory_bytes(cgroup: Path = _CGROUP) -> int:
+    """Memory that can be taken without swapping or passing the container's limit; 4 GB where nobody tells."""
+    available = _machine_memory_bytes()
+    try:
+        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no container, or one whose limit is the word "max"
+        return available
+    return min(available, max(limit - used, 0))
+
+
+def _machine_memory_bytes() -> int:
     try:
         match = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
         if match:

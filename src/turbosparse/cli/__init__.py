@@ -4,6 +4,9 @@ Importing this package loads typer and nothing heavy; every stage imports what i
 `turbosparse --help` answers at once and a run-time command never loads torch.
 """
 
+import io
+import sys
+
 __all__ = ["main"]
 
 
@@ -14,4 +17,6 @@ def main() -> None:
     """
     from turbosparse.cli.app import app
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?, and the text goes on
     app(prog_name="turbosparse")

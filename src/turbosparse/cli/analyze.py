@@ -21,18 +21,11 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Show how sparse a model is on a text, per layer."""
-    from turbosparse.analyze.capture import capture_engine, capture_hf
+    from turbosparse.analyze import analyze
 
+    source = model if Path(model).is_dir() else load_engine(model, threads, compute, isa)
     with output.progress("reading") as report:
-        if Path(model).is_dir():
-            result = capture_hf(Path(model), data, limit, lambda done: report(done, limit or 0))
-        else:
-            from turbosparse.evaluate.windows import windows
-
-            engine = load_engine(model, threads, compute, isa)
-            pieces = list(windows(engine.tokenizer, data, limit=limit))
-            total = sum(map(len, pieces))
-            result = capture_engine(engine, pieces, lambda done: report(done, total))
+        result = analyze(source, data, limit, report)
     if json:
         output.emit(result.to_json())
         return

@@ -23,8 +23,16 @@ class _Stages(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            print(f"turbosparse: {error}", file=sys.stderr)
-            raise typer.Exit(2) from None
+            sentence = str(error)
+        except MemoryError:
+            sentence = "there is not enough memory for this; use a smaller model, file or --ctx."
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) or error.strerror is None:
+                raise  # click ends quietly when the reader of a pipe has gone; an error without a cause is a bug
+            place = f"{error.filename}: " if error.filename is not None else ""
+            sentence = f"{place}{error.strerror}; check the path, its permissions and the space left."
+        print(f"turbosparse: {sentence}", file=sys.stderr)
+        raise typer.Exit(2)
 
 
 app = typer.Typer(

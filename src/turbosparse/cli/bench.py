@@ -8,9 +8,11 @@ import typer
 
 from turbosparse.cli import options, output
 from turbosparse.cli.loading import load_engine
+from turbosparse.errors import UserError
 
 if TYPE_CHECKING:
     from turbosparse.bench.compare import Run
+    from turbosparse.engine import Engine
 
 _PROMPT = "The history of mathematics begins with counting, and with the need to measure land, time and trade. "
 _BUSY = 0.2
@@ -38,9 +40,12 @@ def command(
     if busy > _BUSY:
         output.notice(f"warning: other work takes {output.percent(busy)} of this machine; the figures will be low.")
     engine = load_engine(model, threads, compute, isa)
+    _check(engine, prompt_tokens, tokens, engine.config.vocab_size)
     contestants = [EngineMode(engine, mode) for mode in engine.modes]
     if dense_twin is not None:
-        contestants.append(EngineMode(load_engine(dense_twin, threads, compute, isa), "dense", "dense-twin"))
+        twin = load_engine(dense_twin, threads, compute, isa)
+        _check(twin, prompt_tokens, tokens, engine.config.vocab_size)
+        contestants.append(EngineMode(twin, "dense", "dense-twin"))
     prompt = (engine.tokenizer.encode(_PROMPT) * prompt_tokens)[:prompt_tokens]
     with output.progress("timing") as report:
         runs = compare(contestants, prompt, tokens, repeats, report)
@@ -61,13 +66,32 @@ def command(
         show(record, runs)
 
 
+def _check(engine: Engine, prompt_tokens: int, tokens: int, vocabulary: int) -> None:
+    """Refuse, before anything is timed, what a contestant could not do."""
+    if prompt_tokens + tokens > engine.config.context_length:
+        raise UserError(
+            f"{prompt_tokens} and {tokens} tokens do not fit a context of {engine.config.context_length}; "
+            "use a smaller --prompt-tokens or -n."
+        )
+    if engine.config.vocab_size != vocabulary:
+        raise UserError(
+            f"the dense twin has {engine.config.vocab_size} tokens in its vocabulary and the model {vocabulary}; "
+            "a twin reads the same tokens, so give one of the same family."
+        )
+
+
 def machine(isa: str, threads: int) -> dict[str, Any]:
-    """CPU and its read limit in 10^9 bytes/s, from memory: the buffer is at least twice the last-level cache."""
+    """CPU and its read limit in 10^9 bytes/s, from memory: the buffer is at least twice the last-level cache.
+
+    The limit is None where that buffer would not fit into memory; a smaller one would measure the cache.
+    """
     from turbosparse import _native
     from turbosparse.bench.machine import available_memory_bytes, cpu_name, last_level_cache_bytes
 
     wanted = max(2 * last_level_cache_bytes(), 256 << 20)
     fits = wanted <= 0.6 * available_memory_bytes()
+    if not fits:
+        output.notice(f"warning: no memory for a buffer of {output.megabytes(wanted)}; the read limit is not measured.")
     read = _native.read_bandwidth(wanted, threads, 3) if fits else None
     return {"cpu": cpu_name(), "isa": isa, "threads": threads, "read_gb_s": read}
 
@@ -95,7 +119,7 @@ def show(record: dict[str, Any], runs: list[Run]) -> None:
     limit, exact = record["machine"]["read_gb_s"], record["speedup"]["exact"]
     console.print(f"this machine reads {output.number(limit)} GB/s from memory; peak memory {peak(record)}")
     if exact:
-        console.print(f"exact is {exact:.2f} times as fast as dense, bit for bit the same output")
+        console.print(f"exact is {exact:.2f} times as fast as dense")
 
 
 def peak(record: dict[str, Any]) -> str:

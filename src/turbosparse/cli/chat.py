@@ -53,6 +53,10 @@ def command(
                 chat.answer(message)
             except KeyboardInterrupt:
                 print()
+            except UserError as error:
+                if not interactive:
+                    raise
+                output.notice(f"turbosparse: {error}")  # a person at a terminal can still /reset
 
 
 def _read(interactive: bool) -> str | None:
@@ -61,6 +65,8 @@ def _read(interactive: bool) -> str | None:
         return (input("> ") if interactive else input()).strip()
     except EOFError:
         return None
+    except UnicodeDecodeError:
+        raise UserError("stdin is not UTF-8 text; convert it first.") from None
 
 
 class Conversation:
@@ -121,6 +127,8 @@ class Conversation:
                 previous = chunk.token
                 said.append(chunk.text)
                 print(chunk.text, end="", flush=True)
+                if chunk.finish == "length" and limit < self._max_tokens:
+                    output.notice(f"\n[the context of {self._session.context} tokens is full: the answer ends here]")
             print()
         finally:
             self._read = self._read[: self._session.position]

@@ -10,6 +10,7 @@ import typer
 
 from turbosparse.cli import options, output
 from turbosparse.cli.loading import load_engine
+from turbosparse.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 _QUESTION = "What is photosynthesis?"
 _ANSWER_TOKENS = 96
-_ANALYZED_TOKENS = 2048
 _REPEATS = 3
 
 
@@ -32,18 +32,24 @@ def command(
     """Answer a question, show the sparsity, compare dense with exact."""
     from rich.console import Console
 
+    if svg is not None and not svg.parent.is_dir():
+        raise UserError(f"--svg {svg}: the folder {svg.parent} does not exist; create it first.")
     started = time.perf_counter()
     console = Console(highlight=False, record=svg is not None, width=100 if svg else None)
     engine = load_engine(model, threads)
+    if "exact" not in engine.modes:
+        raise UserError(f"{model} is a {engine.config.activation} model with no exact mode; give a sparse one.")
     _answer(console, engine)
-    _sparsity(console, engine, data)
-    _comparison(console, engine, data)
+    perplexity, tokens = _read_sample(console, engine, data)
+    same = _compare(console, engine, perplexity, tokens)
     console.print(
         f"[dim]{time.perf_counter() - started:.0f} s in all. Next: turbosparse chat {model}   "
         f"turbosparse bench {model}[/]"
     )
     if svg is not None:
         console.save_svg(str(svg), title="make demo")
+    if not same:
+        raise typer.Exit(1)
 
 
 def _answer(console: Console, engine: Engine) -> None:
@@ -58,31 +64,42 @@ def _answer(console: Console, engine: Engine) -> None:
     console.print("\n")
 
 
-def _sparsity(console: Console, engine: Engine, data: Path) -> None:
-    from turbosparse.analyze.capture import capture_engine
+def _read_sample(console: Console, engine: Engine, data: Path) -> tuple[dict[str, float], int]:
+    """Perplexity of every mode on the sample, and its tokens; the dense pass also counts what fires, for the chart."""
+    from turbosparse.analyze import summarise
     from turbosparse.analyze.report import chart
-    from turbosparse.evaluate.windows import windows
+    from turbosparse.evaluate.perplexity import perplexity_engine
+    from turbosparse.evaluate.windows import engine_windows
 
-    report = capture_engine(engine, list(windows(engine.tokenizer, data, limit=_ANALYZED_TOKENS)))
-    console.print(chart(report))
+    pieces = engine_windows(engine, data)
+    total = sum(len(piece) - 1 for piece in pieces)
+    perplexity = {}
+    for mode in engine.modes:
+        engine.count_activations(mode == "dense")
+        with output.progress(f"reading {data.name}, {mode}") as report:
+            result = perplexity_engine(engine, pieces, mode, lambda done, _, report=report: report(done, total))  # type: ignore[misc]
+        perplexity[mode] = result.perplexity
+        if mode == "dense":
+            counts = engine.counters()
+            console.print(chart(summarise(counts.tokens, counts.gate, counts.up, counts.h)))
+    engine.count_activations(False)
+    return perplexity, total
 
 
-def _comparison(console: Console, engine: Engine, data: Path) -> None:
+def _compare(console: Console, engine: Engine, perplexity: dict[str, float], tokens: int) -> bool:
+    """The table; returns whether all modes wrote the same text."""
     from turbosparse.bench.compare import compare
     from turbosparse.bench.contestants import EngineMode
+    from turbosparse.bench.machine import cpu_name
     from turbosparse.engine import generate
-    from turbosparse.evaluate.perplexity import perplexity_engine
-    from turbosparse.evaluate.windows import windows
 
     prompt = engine.tokenizer.encode(_QUESTION)
     texts = {
         mode: [chunk.token for chunk in generate(engine, prompt, max_tokens=_ANSWER_TOKENS, mode=mode, ignore_eos=True)]
         for mode in engine.modes
     }
-    pieces = list(windows(engine.tokenizer, data))
-    perplexity = {mode: perplexity_engine(engine, pieces, mode).perplexity for mode in engine.modes}
     runs = compare([EngineMode(engine, mode) for mode in engine.modes], prompt, _ANSWER_TOKENS, _REPEATS)
-    table = _table(sum(map(len, pieces)))
+    table = _table(tokens, f"{cpu_name()}, {engine.threads} threads, {engine.isa}")
     for run in runs:
         table.add_row(
             run.mode,
@@ -93,14 +110,20 @@ def _comparison(console: Console, engine: Engine, data: Path) -> None:
             "yes" if texts[run.mode] == texts["dense"] else "NO",
         )
     console.print(table)
+    return all(text == texts["dense"] for text in texts.values())
 
 
-def _table(tokens: int) -> Table:
+def _table(tokens: int, machine: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title="Every neuron against the active ones", pad_edge=False)
-    headings = ("mode", "tokens/s", "speed", "read per token", f"perplexity ({tokens:,} tokens)", "same text")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"Every neuron against the active ones; perplexity over {tokens:,} tokens",
+        caption=machine,
+        pad_edge=False,
+    )
+    headings = ("mode", "tokens/s", "speed", "read per token", "perplexity", "same text")
     for name in headings:
         table.add_column(name, justify="left" if name == "mode" else "right")
     return table

@@ -39,8 +39,11 @@ def notice(text: str) -> None:
 
 
 def emit(record: Mapping[str, Any]) -> None:
-    """Print the one JSON object of a command. NaN and infinity, which JSON lacks, become null."""
-    print(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False), flush=True)
+    """Print the one JSON object of a command. NaN and infinity, which JSON lacks, become null.
+
+    In ASCII, so that it is whole on a stdout of any encoding.
+    """
+    print(json.dumps(_finite(record), allow_nan=False), flush=True)
 
 
 def _finite(value: Any) -> Any:

@@ -9,6 +9,7 @@ import typer
 
 from turbosparse.cli import options, output
 from turbosparse.cli.loading import choose_mode, load_engine
+from turbosparse.errors import UserError
 
 
 def command(
@@ -23,14 +24,16 @@ def command(
 ) -> None:
     """Measure perplexity: documents joined by EOS, in windows of 1024 tokens side by side, the tail kept."""
     from turbosparse.evaluate.perplexity import perplexity_engine, perplexity_hf
-    from turbosparse.evaluate.windows import windows
+    from turbosparse.evaluate.windows import engine_windows
 
     if Path(model).is_dir():
+        if mode is not options.Mode.auto:
+            raise UserError(f"--mode {mode.value}: modes are the engine's, and {model} is a folder; export it first.")
         with output.progress("reading") as report:
             result = perplexity_hf(model, data, limit=limit, progress=lambda done, _: report(done, limit or 0))
     else:
         engine = load_engine(model, threads, compute, isa)
-        pieces = list(windows(engine.tokenizer, data, limit=limit))
+        pieces = engine_windows(engine, data, limit)
         total = sum(len(piece) - 1 for piece in pieces)
         with output.progress("reading") as report:
             chosen = choose_mode(engine, mode)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from turbosparse.documents import read_documents
 from turbosparse.errors import UserError
+
+if TYPE_CHECKING:
+    from turbosparse.engine import Engine
 
 WINDOW = 1024
 
@@ -49,6 +52,22 @@ def windows(
         yield window
     elif empty:
         raise UserError(f"{path} holds less than two tokens of text; give a longer text.")
+
+
+def engine_windows(engine: Engine, path: str | Path, limit: int | None = None) -> list[list[int]]:
+    """The windows of a file as tokens of the engine's model, all at once, so that their number is known.
+
+    Raises:
+        UserError: as `windows`, or a window is longer than the model's context.
+    """
+    pieces = list(windows(engine.tokenizer, path, limit=limit))
+    longest, context = max(map(len, pieces)), engine.config.context_length
+    if longest > context:
+        raise UserError(
+            f"A window of {longest} tokens is longer than this model's context of {context}; "
+            f"read less of {path} with --limit {context}."
+        )
+    return pieces
 
 
 def _tokens(tokenizer: TextTokenizer, path: str | Path, limit: int | None) -> Iterator[int]:
