@@ -22,13 +22,13 @@ size_t round_up(size_t value, size_t to) { return (value + to - 1) / to * to; }
 
 }  // namespace
 
-Mapping::Mapping(size_t bytes) : size_(bytes) {
+Mapping::Mapping(size_t bytes, [[maybe_unused]] bool huge_pages) : size_(bytes) {
   if (bytes == 0) return;
 #ifdef TURBOSPARSE_MMAP
   void* pointer = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (pointer == MAP_FAILED) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-  madvise(pointer, bytes, MADV_HUGEPAGE);  // advice: refusing it costs speed, nothing else
+  if (huge_pages) madvise(pointer, bytes, MADV_HUGEPAGE);  // advice: refusing it costs speed, nothing else
 #endif
 #else
   void* pointer = ::operator new(bytes, std::align_val_t{kLine});

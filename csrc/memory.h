@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Large, zeroed, lazily backed memory in huge pages where the system has them.
+// Large, zeroed, lazily backed memory.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,8 @@ namespace turbosparse {
 class Mapping {
  public:
   Mapping() = default;
-  explicit Mapping(size_t bytes);  // throws std::bad_alloc
+  // Huge pages are for what is read whole; what is touched here and there would pay for two megabytes at every touch.
+  explicit Mapping(size_t bytes, bool huge_pages = true);  // throws std::bad_alloc
   ~Mapping();
   Mapping(Mapping&& other) noexcept;
   Mapping& operator=(Mapping&& other) noexcept;

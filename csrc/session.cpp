@@ -69,8 +69,8 @@ Session::Session(std::shared_ptr<Model> model, int64_t context)
   if (context < 1) throw std::invalid_argument("the context must hold at least one token");
   element_bytes_ = model_->exact_fp32() ? 4 : 2;
   const size_t cache = static_cast<size_t>(config_.layers) * config_.kv_size() * context_ * element_bytes_;
-  keys_ = Mapping(cache);
-  values_ = Mapping(cache);
+  keys_ = Mapping(cache, false);
+  values_ = Mapping(cache, false);
   const int64_t n = kPrefillBlock;
   const int64_t widest = std::max({config_.hidden, config_.q_size(), config_.ffn});
   residual_.resize(n * config_.hidden);
