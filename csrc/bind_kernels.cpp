@@ -220,6 +220,12 @@ void bind(nb::module_& module) {
       .def(nb::init<const std::string&, In<float, 2>, bool>(), "isa"_a, "x"_a, "int8"_a);
   m.def("quantize", quantize, "isa"_a, "x"_a);
   m.def("positive", positive, "isa"_a, "x"_a);
+  m.def(
+      "maximum",
+      [](const std::string& isa, In<float, 1> x) {
+        return kernels_of(isa).maximum(x.data(), static_cast<int64_t>(x.size()));
+      },
+      "isa"_a, "x"_a);
   m.def("exp_sum", exp_sum, "isa"_a, "x"_a, "max"_a);
   m.def("rms_norm", rms_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a);
   m.def("swiglu",

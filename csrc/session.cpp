@@ -342,6 +342,7 @@ void Session::store_keys_and_values(Member& member, const Pass& pass, int64_t in
       if (layer.q_bias) add(x, layer.q_bias + head * d);
       if (layer.q_norm) kernels_.rms_norm(x, layer.q_norm, d, config_.norm_eps, x);
       rotate(x, cosine, sine);
+      for (int64_t c = 0; c < d; ++c) x[c] *= config_.attention_scale;  // once, instead of every score
     } else if (head < heads + kv_heads) {
       const int64_t h = head - heads;
       if (layer.k_bias) add(x, layer.k_bias + h * d);
@@ -373,18 +374,15 @@ void Session::attend(Member& member, int64_t index, int64_t token, int64_t head,
   const float cap = config_.attention_softcap;
   for (int64_t h = 0; h < heads; ++h) {
     float* scores = all_scores + h * context_;
-    float highest = -INFINITY;
-    for (int64_t p = begin; p < end; ++p) {
-      float score = scores[p] * config_.attention_scale;
-      if (cap > 0) score = cap * std::tanh(score / cap);
-      scores[p] = score;
-      highest = std::max(highest, score);
+    if (cap > 0) {
+      for (int64_t p = begin; p < end; ++p) scores[p] = cap * std::tanh(scores[p] / cap);
     }
+    const float highest = kernels_.maximum(scores + begin, end - begin);
     const float inverse = 1.0f / kernels_.exp_sum(scores + begin, end - begin, highest);
-    for (int64_t p = begin; p < end; ++p) scores[p] *= inverse;
     float* out = &attended_[token * config_.q_size() + (head + h) * d];
     std::fill(out, out + d, 0.0f);
     kernels_.axpy_listed(values, positions_.data() + begin, scores + begin, end - begin, out);
+    for (int64_t c = 0; c < d; ++c) out[c] *= inverse;
   }
 }
 

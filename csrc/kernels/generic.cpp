@@ -210,6 +210,12 @@ void to_f16(const float* x, uint16_t* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = f32_to_f16(x[i]);
 }
 
+float maximum(const float* x, int64_t n) {
+  float highest = -INFINITY;
+  for (int64_t i = 0; i < n; ++i) highest = x[i] > highest ? x[i] : highest;
+  return highest;
+}
+
 float exp_sum(float* x, int64_t n, float max) {
   float total = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -254,6 +260,7 @@ const Kernels kGenericKernels = {
     .positive = positive,
     .to_f16 = to_f16,
     .exp_sum = exp_sum,
+    .maximum = maximum,
     .rms_norm = rms_norm,
     .swiglu = swiglu,
     .geglu = geglu,

@@ -78,6 +78,8 @@ struct Kernels {
 
   // In place: x[i] = exp(x[i] - max) ; returns the sum. fp32 accuracy of 2 ulp in exp.
   float (*exp_sum)(float* x, int64_t n, float max);
+  // The largest x, -inf for n = 0; numbers only.
+  float (*maximum)(const float* x, int64_t n);
   // Root mean square norm: out = x / sqrt(mean(x^2) + eps) * weight.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
   // h = silu(gate) * up and gelu_tanh(gate) * up; in place in gate is allowed.

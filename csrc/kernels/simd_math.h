@@ -47,6 +47,19 @@ static float exp_sum(float* x, int64_t n, float max) {
 }
 
 template <class S>
+static float maximum(const float* x, int64_t n) {
+  float highest[S::kLanes];
+  auto top = S::set(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + S::kLanes <= n; i += S::kLanes) top = S::max(top, S::load(x + i));
+  S::store(highest, top);
+  float result = highest[0];
+  for (const float value : highest) result = value > result ? value : result;
+  for (; i < n; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+template <class S>
 static typename S::F sigmoid_times(typename S::F x, typename S::F slope) {  // x / (1 + exp(-slope))
   return S::div(x, S::add(S::set(1.0f), exp_of<S>(S::sub(S::zero(), slope))));
 }

@@ -84,8 +84,25 @@ static void plain_axpy(const Rows<R>& rows, const float* coefficient, int64_t co
   S::store(y + c, sum, left);
 }
 
+// y += coefficient[i] * row rows[i] for rows of at most V vectors, which y spends in registers: values of an attention
+// head, of which there are many and short ones.
+template <class S, WeightType kType, int V>
+static void short_axpy_listed(const Matrix& w, const int32_t* rows, const float* coefficient, int64_t n, float* y) {
+  using Row = PlainRow<S, kType>;
+  typename S::F sum[V];
+  for (int v = 0; v < V; ++v) sum[v] = S::load(y + v * S::kLanes);
+  for (int64_t i = 0; i < n; ++i) {
+    const std::byte* row = w.values + rows[i] * w.value_stride;
+    const auto factor = S::set(coefficient[i]);
+    for (int v = 0; v < V; ++v) sum[v] = S::fma(factor, Row::load(row, v * S::kLanes), sum[v]);
+  }
+  for (int v = 0; v < V; ++v) S::store(y + v * S::kLanes, sum[v]);
+}
+
 template <class S, WeightType kType>
 static void plain_axpy_listed(const Matrix& w, const int32_t* rows, const float* coefficient, int64_t n, float* y) {
+  if (w.cols == 4 * S::kLanes) return short_axpy_listed<S, kType, 4>(w, rows, coefficient, n, y);
+  if (w.cols == 8 * S::kLanes) return short_axpy_listed<S, kType, 8>(w, rows, coefficient, n, y);
   constexpr int kRows = 4;
   int64_t i = 0;
   for (; i + kRows <= n; i += kRows) plain_axpy<S, kType, kRows>(Rows<kRows>(w, rows + i), coefficient + i, w.cols, y);

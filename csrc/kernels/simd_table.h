@@ -85,6 +85,7 @@ static constexpr Kernels simd_table() {
       .positive = positive<S>,
       .to_f16 = to_f16<S>,
       .exp_sum = exp_sum<S>,
+      .maximum = maximum<S>,
       .rms_norm = rms_norm<S>,
       .swiglu = swiglu<S>,
       .geglu = geglu<S>,

@@ -262,6 +262,14 @@ def test_exp_sum(isa, n):
 
 
 @isa
+@pytest.mark.parametrize("n", LENGTHS)
+def test_maximum(isa, n):
+    rng = np.random.default_rng(n)
+    for x in (normal(rng, n), -1 - np.abs(normal(rng, n)), np.full(n, -np.inf, np.float32)):
+        assert kernels.maximum(isa, x) == x.max(initial=-np.inf)
+
+
+@isa
 def test_exp_of_extremes(isa):
     x = np.array([-np.inf, -200, -104, -87.5, 0, 88.7, 89, 300, np.nan], np.float32)
     kernels.exp_sum(isa, x, 0.0)
