@@ -57,3 +57,12 @@ def test_the_machine_is_described(tmp_path):
         (tmp_path / f"index{index}").mkdir()
         (tmp_path / f"index{index}" / "size").write_text(size + "\n")
     assert last_level_cache_bytes(tmp_path) == 105 << 20 or os.uname().sysname == "Darwin"
+
+
+def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr("turbosparse.bench.machine._machine_memory_bytes", lambda: 5_000_000)
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert available_memory_bytes(tmp_path) == 2_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory_bytes(tmp_path) == available_memory_bytes(tmp_path / "nowhere") == 5_000_000
