@@ -9,13 +9,17 @@ PYTEST := $(BIN)/python -m pytest
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-models lint format bench clean
+.PHONY: help demo picture test test-models lint format bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.runtime ## install the run-time package, then answer, see and compare on the shipped model
 	$(BIN)/turbosparse demo --model $(MODEL) --data examples/sample.jsonl
+
+picture: $(VENV)/.runtime ## save the demo's output as docs/images/demo.svg, on a quiet machine
+	mkdir -p docs/images
+	$(BIN)/turbosparse demo --model $(MODEL) --data examples/sample.jsonl --svg docs/images/demo.svg
 
 test: $(VENV)/.dev ## everything that needs no download
 	$(PYTEST)
