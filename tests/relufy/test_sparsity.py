@@ -44,3 +44,13 @@ def test_pressure_is_off_at_the_target_and_bounded_by_its_weight():
     assert pressure(torch.tensor(0.09), soft, 1.0) == 0.0
     assert pressure(torch.tensor(0.11), soft, 1.0).item() == pytest.approx(0.5 * 3.0 * 0.2, rel=1e-4)
     assert pressure(torch.tensor(0.9), soft, 1.0).item() == pytest.approx(3.0 * 0.2)
+
+
+def test_a_tap_with_a_stride_looks_at_every_so_manieth_token():
+    torch.manual_seed(2)
+    gate, up = torch.randn(3, 10, 7), torch.randn(3, 10, 7)
+    sampled, whole = ActivationTap("drelu", True, stride=4), ActivationTap("drelu", True)
+    sampled(gate, up)
+    whole(gate[:, [0, 4, 8]], up[:, [0, 4, 8]])
+    assert torch.equal(sampled.rates, whole.rates)
+    assert torch.equal(sampled.soft, whole.soft)

@@ -15,8 +15,8 @@ from turbosparse.relufy.convert import convert
 from turbosparse.relufy.trainer import RecoveryTrainer, train_from_recipe
 
 _STAGES = """
- - {name: warm, objective: layerwise, teacher: dense, tokens: 512, batch_tokens: 64, device_windows: 4,
-    learning_rate: 1.0e-2, sparsity: {target_rate: 0.1, weight: 2.0}}
+ - {name: warm, objective: layerwise, teacher: dense, tokens: 2048, batch_tokens: 64, device_windows: 4,
+    learning_rate: 1.0e-2, align_signs: true, sparsity: {target_rate: 0.2, weight: 0.5}}
  - {name: recover, objective: cross_entropy, tokens: 640, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2,
     distillation: {teacher: dense, share: 0.5}, sparsity: {target_rate: 0.1, weight: 1.0}, eval_every: 5, save_every: 3}
 """

@@ -34,18 +34,19 @@ def _chunk_loss(
     weight_VD: Tensor,
     labels_N: Tensor,
     softcap: float | None,
-    teacher_NV: Tensor | None,
+    teacher: Teacher | None,
     share: float,
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens of the mixed cross-entropy, and the plain cross-entropy of every token."""
     logits_NV = _logits(hidden_ND, weight_VD, softcap)
     log_norm_N = torch.logsumexp(logits_NV, dim=-1)
     ce_N = log_norm_N - logits_NV.gather(-1, labels_N[:, None])[:, 0]
-    if teacher_NV is None:
+    if teacher is None:
         return ce_N.sum(), ce_N.detach()
     # H(q, p) for q = share * teacher + (1 - share) * one-hot: the entropy of q is constant, so this is KL up to a
     # constant.
-    expected_N = (F.softmax(teacher_NV.float(), dim=-1) * logits_NV).sum(-1)
+    teacher_NV = _logits(*teacher)
+    expected_N = (F.softmax(teacher_NV, dim=-1) * logits_NV).sum(-1)
     return (share * (log_norm_N - expected_N) + (1 - share) * ce_N).sum(), ce_N.detach()
 
 
@@ -70,9 +71,9 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, n, _CHUNK):
             rows = slice(start, start + _CHUNK)
             chunk = hidden_ND[rows].detach().requires_grad_()
-            teacher_NV = teacher and _teacher_logits(teacher, rows)
+            chunk_teacher = teacher and teacher._replace(hidden_ND=teacher.hidden_ND[rows])
             with torch.enable_grad():
-                loss, ce_N[rows] = chunk_loss(chunk, compute, labels_N[rows], softcap, teacher_NV, share)
+                loss, ce_N[rows] = chunk_loss(chunk, compute, labels_N[rows], softcap, chunk_teacher, share)
             grad_hidden_ND[rows], grad_weight = torch.autograd.grad(loss, (chunk, compute))
             grad_weight_VD += grad_weight
             total += loss.detach()
@@ -84,11 +85,6 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         return grad_hidden_ND * grad_loss, grad_weight_VD * grad_loss, None, None, None, None, None
-
-
-def _teacher_logits(teacher: Teacher, rows: slice) -> Tensor:
-    with torch.no_grad():
-        return _logits(teacher.hidden_ND[rows], teacher.weight_VD, teacher.softcap).to(teacher.hidden_ND.dtype)
 
 
 def mixed_cross_entropy(

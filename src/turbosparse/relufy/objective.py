@@ -16,6 +16,8 @@ from turbosparse.relufy.distill import Teacher, mixed_cross_entropy
 from turbosparse.relufy.recipes import Sparsity
 from turbosparse.relufy.sparsity import SparsityPressure, attach_taps
 
+_TAP_STRIDE = 4  # tokens between those whose activations the penalty looks at
+
 
 @dataclass
 class Loss:
@@ -54,7 +56,7 @@ class _SparsityTerm:
     """The penalty and the activation rates that every objective shares."""
 
     def __init__(self, mlps: list[nn.Module], settings: Sparsity | None) -> None:
-        self.taps = attach_taps(mlps, with_soft_count=settings is not None)
+        self.taps = attach_taps(mlps, with_soft_count=settings is not None, stride=_TAP_STRIDE)
         self.pressure = SparsityPressure(settings) if settings is not None and self.taps else None
 
     def __call__(self, progress: float, metrics: dict[str, Tensor]) -> Tensor | float:

@@ -100,6 +100,7 @@ class Stage(_Strict):
     max_grad_norm: float = Field(default=1.0, gt=0)
     sparsity: Sparsity | None = None
     teacher: str | None = None
+    align_signs: bool = Field(default=False, description="for a fresh dReLU swap: see align.py")
     distillation: Distillation | None = None
     eval_every: int | None = Field(default=None, gt=0, description="steps")
     save_every: int | None = Field(default=None, gt=0, description="steps")
@@ -108,6 +109,8 @@ class Stage(_Strict):
     def _teacher_fits(self) -> Stage:
         if (self.objective == "layerwise") != (self.teacher is not None):
             raise ValueError("`teacher` belongs to the layerwise objective, which needs it")
+        if self.objective != "layerwise" and self.align_signs:
+            raise ValueError("`align_signs` belongs to the layerwise objective")
         if self.objective == "layerwise" and self.distillation is not None:
             raise ValueError("`distillation` belongs to the cross_entropy objective")
         return self

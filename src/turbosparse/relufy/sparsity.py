@@ -42,26 +42,30 @@ class ActivationTap:
 
     `rates`: float32 [3], shares of positive gates, positive ups and non-zero h, without gradient.
     `soft`: the soft count with gradient, or None where no penalty is wanted.
+    `stride`: every stride-th token is looked at. Training takes a sample, as each of the three passes over the
+    pre-activations that the soft count needs costs memory bandwidth; validation takes them all.
     """
 
-    def __init__(self, activation: str, with_soft_count: bool) -> None:
+    def __init__(self, activation: str, with_soft_count: bool, stride: int = 1) -> None:
         self.gate_only = activation == "reglu"
         self.with_soft_count = with_soft_count
+        self.stride = stride
         self.rates: Tensor | None = None
         self.soft: Tensor | None = None
 
     def __call__(self, gate_BTF: Tensor, up_BTF: Tensor) -> None:
+        gate_BTF, up_BTF = gate_BTF[:, :: self.stride], up_BTF[:, :: self.stride]
         gate_on, up_on = gate_BTF > 0, up_BTF > 0
         active = gate_on & (up_BTF != 0 if self.gate_only else up_on)
         self.rates = torch.stack([on.float().mean() for on in (gate_on, up_on, active)])
         self.soft = soft_count(gate_BTF, up_BTF, self.gate_only) if self.with_soft_count else None
 
 
-def attach_taps(mlps: Sequence[nn.Module], with_soft_count: bool) -> list[ActivationTap]:
+def attach_taps(mlps: Sequence[nn.Module], with_soft_count: bool, stride: int = 1) -> list[ActivationTap]:
     """Put a tap on every sparse FFN; an empty list for a dense model (a SwiGLU control has no exact zeros)."""
     if not all(hasattr(mlp, "tap") for mlp in mlps):
         return []
-    taps = [ActivationTap(mlp.activation, with_soft_count) for mlp in mlps]  # type: ignore[arg-type]
+    taps = [ActivationTap(mlp.activation, with_soft_count, stride) for mlp in mlps]  # type: ignore[arg-type]
     for mlp, tap in zip(mlps, taps, strict=True):
         mlp.tap = tap  # type: ignore[assignment]
     return taps

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 from transformers.trainer_callback import PrinterCallback
 
 from turbosparse.errors import UserError
+from turbosparse.relufy.align import align_signs
 from turbosparse.relufy.data import Mixture, build_mixture, validation_windows
 from turbosparse.relufy.objective import Layerwise, NextToken, Objective, ffns
 from turbosparse.relufy.progress import ProgressLog
@@ -30,6 +31,7 @@ from turbosparse.relufy.schedule import learning_rate_share
 from turbosparse.relufy.validate import mean_over_domains, validate
 
 _COMPLETE = "COMPLETE"  # written last into a checkpoint: one without it was interrupted and is never read
+_ALIGN_WINDOWS = 32
 
 
 class RecoveryTrainer(Trainer):
@@ -174,15 +176,28 @@ def _compile(blocks: list[nn.Module]) -> None:
         block.compile()
 
 
-def _objective(recipe: Recipe, stage: Stage, model: Any, device: torch.device, dtype: torch.dtype | None) -> Objective:
-    teacher_folder = stage.teacher or (stage.distillation.teacher if stage.distillation else None)
-    teacher = _load(teacher_folder, dtype or torch.float32).to(device).eval() if teacher_folder else None
-    if teacher is not None:
-        teacher.requires_grad_(False)
-        if teacher.config.vocab_size != model.config.vocab_size:
-            raise UserError(
-                f"{teacher_folder}: the teacher's vocabulary differs from the model's; use one of its family"
-            )
+def _teacher(stage: Stage, model: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """The stage's teacher, frozen, or None."""
+    folder = stage.teacher or (stage.distillation.teacher if stage.distillation else None)
+    if folder is None:
+        return None
+    teacher = _load(folder, dtype or torch.float32).to(device).eval().requires_grad_(False)
+    if teacher.config.vocab_size != model.config.vocab_size:
+        raise UserError(f"{folder}: the teacher's vocabulary differs from the model's; use one of its family")
+    return teacher
+
+
+def _align(model: Any, teacher: Any, mixture: Mixture, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Turn the student's neurons to their better side on the first windows that it will train on."""
+    ids = (mixture[index]["input_ids"] for index in range(min(_ALIGN_WINDOWS, len(mixture))))
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        share = align_signs(model, teacher, (row[None].to(device) for row in ids), dtype)
+    print(f"align signs: {share:.1%} of the neurons turned", file=sys.stderr)
+
+
+def _objective(
+    recipe: Recipe, stage: Stage, model: Any, teacher: Any, device: torch.device, dtype: torch.dtype | None
+) -> Objective:
     compiled = recipe.compile and device.type == "cuda"
     if stage.objective == "layerwise":
         model.requires_grad_(False)
@@ -226,7 +241,10 @@ def _run_stage(
     windows = {
         held.domain: validation_windows(held, tokenizer, cache, recipe.data.context) for held in recipe.data.validation
     }
-    objective = _objective(recipe, stage, model.to(device), device, dtype)
+    teacher = _teacher(stage, model.to(device), device, dtype)
+    if stage.align_signs and checkpoint is None:
+        _align(model, teacher, mixture, device, dtype)
+    objective = _objective(recipe, stage, model, teacher, device, dtype)
     trainer = RecoveryTrainer(
         model=model,
         args=arguments,
