@@ -52,7 +52,12 @@ std::vector<double> frequencies_of(double theta, double scale, int64_t head_dim,
 }  // namespace
 
 Model::Model(Config config, const Kernels* kernels, bool exact_fp32, int threads)
-    : config_(std::move(config)), kernels_(kernels), exact_fp32_(exact_fp32), team_(threads), layers_(config_.layers) {
+    : config_(std::move(config)),
+      kernels_(kernels),
+      exact_fp32_(exact_fp32),
+      team_(threads),
+      pace_(threads),
+      layers_(config_.layers) {
   const int64_t per_block = (config_.ffn + kMaxNeuronBlocks - 1) / kMaxNeuronBlocks;
   neuron_block_ = (per_block + kBlock - 1) / kBlock * kBlock;
 }

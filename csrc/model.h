@@ -12,6 +12,7 @@
 #include "counters.h"
 #include "kernels/kernels.h"
 #include "memory.h"
+#include "pace.h"
 #include "team.h"
 
 namespace turbosparse {
@@ -66,6 +67,7 @@ class Model {
   const Kernels& kernels() const { return *kernels_; }
   bool exact_fp32() const { return exact_fp32_; }
   Team& team() { return team_; }
+  Pace& pace() { return pace_; }        // of the sessions' jobs; `busy` guards it
   std::mutex& busy() { return busy_; }  // held by the session that runs, and by whoever reads the counters
   Traffic& traffic() { return traffic_; }
   Counts* counts() { return counts_.get(); }  // null while counting is off
@@ -94,6 +96,7 @@ class Model {
   const Kernels* kernels_;
   bool exact_fp32_;
   Team team_;
+  Pace pace_;
   std::mutex busy_;
   Traffic traffic_;
   std::unique_ptr<Counts> counts_;

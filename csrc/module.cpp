@@ -158,6 +158,17 @@ NB_MODULE(_native, m) {
         nb::call_guard<nb::gil_scoped_release>());
   m.def("uniform", &uniform, "seed"_a, "position"_a);
 
+  nb::class_<Pace>(m, "Pace")  // for its tests: the engine has its own
+      .def(
+          "__init__",
+          [](Pace* self, int most) {
+            if (most < 1) throw std::invalid_argument("a team has at least 1 member");
+            new (self) Pace(most);
+          },
+          "most"_a)
+      .def("report", &Pace::report, "stalled"_a)
+      .def_prop_ro("size", &Pace::size);
+
   nb::class_<Model>(m, "Model")
       .def(
           "__init__",

@@ -121,7 +121,8 @@ void Session::forward(const int32_t* tokens, int64_t n, Mode mode, bool all_logi
 
 void Session::block(const Pass& pass) {
   for (Scratch& s : scratch_) s.traffic = Traffic{};
-  model_->team().run([&](Member& member) { run(member, pass); });
+  model_->team().run([&](Member& member) { run(member, pass); }, model_->pace().size());
+  model_->pace().report(model_->team().stalled());
   position_ += pass.n;
   if (counts_) counts_->tokens += pass.n;
   if (!pass.decode) return;

@@ -21,18 +21,22 @@ inline void pause() {
 #endif
 }
 
-// Wait until `value` is no longer `old`: spin, then sleep.
-void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
+using Clock = std::chrono::steady_clock;
+
+// Wait until `value` is no longer `old`: spin, then sleep. Returns how long it slept.
+std::chrono::nanoseconds wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
   for (int i = 0; i < kSpins; ++i) {
-    if (value.load(std::memory_order_acquire) != old) return;
+    if (value.load(std::memory_order_acquire) != old) return {};
     pause();
   }
+  const auto start = Clock::now();
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+  return Clock::now() - start;
 }
 
 }  // namespace
 
-void Member::barrier() { team_.arrive_and_wait(); }
+void Member::barrier() { slept_ += team_.arrive_and_wait(size_); }
 
 std::pair<int64_t, int64_t> Member::part(int64_t total, int64_t align) const {
   const int64_t units = (total + align - 1) / align;
@@ -41,52 +45,59 @@ std::pair<int64_t, int64_t> Member::part(int64_t total, int64_t align) const {
   return {std::min(first, total), std::min(last, total)};
 }
 
-Team::Team(int size) : size_(size) {
+Team::Team(int size) : size_(size), workers_(std::make_unique<Worker[]>(size)) {
   for (int rank = 1; rank < size_; ++rank) threads_.emplace_back([this, rank] { work(rank); });
 }
 
 Team::~Team() {
   stop_.store(true, std::memory_order_relaxed);
-  generation_.fetch_add(1, std::memory_order_release);
-  generation_.notify_all();
+  for (int rank = 1; rank < size_; ++rank) {
+    workers_[rank].jobs.fetch_add(1, std::memory_order_release);
+    workers_[rank].jobs.notify_one();
+  }
   for (auto& thread : threads_) thread.join();
 }
 
-void Team::run(const std::function<void(Member&)>& job) {
-  Member self(*this, 0, size_);
-  if (size_ == 1) {
-    job(self);
-    return;
-  }
+void Team::run(const std::function<void(Member&)>& job, int size) {
   job_ = &job;
-  generation_.fetch_add(1, std::memory_order_release);
-  generation_.notify_all();
+  job_size_ = size;
+  const auto start = Clock::now();
+  for (int rank = 1; rank < size; ++rank) {
+    workers_[rank].jobs.fetch_add(1, std::memory_order_release);
+    workers_[rank].jobs.notify_one();
+  }
+  Member self(*this, 0, size);
   job(self);
-  arrive_and_wait();
+  self.barrier();
+  std::chrono::nanoseconds longest = self.slept_;
+  for (int rank = 1; rank < size; ++rank) longest = std::max(longest, workers_[rank].slept);
+  stalled_ = std::chrono::duration<double>(longest) / (Clock::now() - start);
 }
 
 void Team::work(int rank) {
-  Member self(*this, rank, size_);
+  Worker& worker = workers_[rank];
   uint32_t seen = 0;
   while (true) {
-    wait_for_change(generation_, seen);
+    wait_for_change(worker.jobs, seen);
     ++seen;
     if (stop_.load(std::memory_order_relaxed)) return;
+    Member self(*this, rank, job_size_);
     (*job_)(self);
-    arrive_and_wait();
+    worker.slept = self.slept_;  // read by the caller once this barrier is passed
+    arrive_and_wait(self.size());
   }
 }
 
-void Team::arrive_and_wait() {
-  if (size_ == 1) return;
+std::chrono::nanoseconds Team::arrive_and_wait(int size) {
+  if (size == 1) return {};
   const uint32_t phase = phase_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
     arrived_.store(0, std::memory_order_relaxed);
     phase_.store(phase + 1, std::memory_order_release);
     phase_.notify_all();
-  } else {
-    wait_for_change(phase_, phase);
+    return {};
   }
+  return wait_for_change(phase_, phase);
 }
 
 }  // namespace turbosparse

@@ -3,12 +3,14 @@
 //
 // A decode step has some two hundred barriers, so they spin; but only for as long as a well-served machine needs. A
 // member that waits longer sleeps in the kernel: an idle engine uses no CPU, and a busy machine does not lose its cores
-// to waiting.
+// to waiting. How long they slept is measured; pace.h says what for.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -31,8 +33,10 @@ class Member {
   std::pair<int64_t, int64_t> part(int64_t total, int64_t align = 1) const;
 
  private:
+  friend class Team;
   Team& team_;
   int rank_, size_;
+  std::chrono::nanoseconds slept_{0};
 };
 
 class Team {
@@ -44,18 +48,32 @@ class Team {
 
   int size() const { return size_; }
 
-  // Run `job` on every member; the caller is member 0. Returns when all are done. Not reentrant.
-  void run(const std::function<void(Member&)>& job);
+  // Run `job` on the first `size` members, or on all; the caller is member 0. Returns when they are done. Not
+  // reentrant.
+  void run(const std::function<void(Member&)>& job) { run(job, size_); }
+  void run(const std::function<void(Member&)>& job, int size);
+
+  // Share of the last job's time that the member who slept longest at barriers slept, 0..1.
+  double stalled() const { return stalled_; }
 
  private:
   friend class Member;
+  // What one worker waits on and leaves behind; a cache line of its own.
+  struct alignas(64) Worker {
+    std::atomic<uint32_t> jobs{0};  // counts those it takes part in
+    std::chrono::nanoseconds slept{0};
+  };
   void work(int rank);
-  void arrive_and_wait();
+  // Barrier of the `size` members of the running job. (Not job_size_: it may be the next job's already when the last
+  // to arrive has let everybody go.)
+  std::chrono::nanoseconds arrive_and_wait(int size);
 
   int size_;
   const std::function<void(Member&)>* job_ = nullptr;
-  alignas(64) std::atomic<uint32_t> generation_{0};  // counts jobs; workers wait for it to change
-  alignas(64) std::atomic<uint32_t> phase_{0};       // counts barriers passed
+  int job_size_ = 1;  // members that run the job
+  double stalled_ = 0;
+  std::unique_ptr<Worker[]> workers_;
+  alignas(64) std::atomic<uint32_t> phase_{0};  // counts barriers passed
   alignas(64) std::atomic<int32_t> arrived_{0};
   std::atomic<bool> stop_{false};
   std::vector<std::thread> threads_;
