@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from turbosparse.engine import Engine
 
-_QUESTION = "What is photosynthesis?"
+_QUESTION = "Who was Isaac Newton?"
 _ANSWER_TOKENS = 96
 _EVERY = 2
 """Every second window of the sample is read: all of it, in each mode, takes two cores about the minute that a demo has.
