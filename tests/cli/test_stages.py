@@ -181,3 +181,13 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(case, tiny_gguf, tiny_folder,
 
 def test_a_wrong_option_is_exit_code_2(sparse):
     assert "--mode" in turbo("run", sparse, "-p", "x", "--mode", "fast", code=2).stderr
+
+
+def test_synth_writes_a_model_that_bench_calls_synthetic(tmp_path):
+    out = tmp_path / "small.gguf"
+    record = turbo_json("synth", out, "--shape", "smollm2-135m", "--layers", 1)
+    assert record["measured"]["sparsity"] == pytest.approx(0.9, abs=0.015)
+    assert record["file_bytes"] == out.stat().st_size
+    bench = turbo_json("bench", out, "--repeats", 1, "-n", 4, "--prompt-tokens", 8)
+    assert bench["synthetic"] and all(run["synthetic"] for run in bench["runs"])
+    assert "synthetic" in turbo("bench", out, "--repeats", 1, "-n", 4, "--prompt-tokens", 8).stdout

@@ -95,7 +95,7 @@ def compare(
     return [summarize(each.mode, taken) for each, taken in zip(contestants, samples, strict=True)]
 
 
-def speedup(runs: Sequence[Run], mode: str) -> float | None:
-    """Decode speed of `mode` over that of mode dense; None where one of them was not run."""
+def speedup(runs: Sequence[Run], mode: str, over: str = "dense") -> float | None:
+    """Decode speed of `mode` over that of mode `over`; None where one of them was not run."""
     speeds = {run.mode: run.decode_tok_s for run in runs}
-    return speeds[mode] / speeds["dense"] if mode in speeds and "dense" in speeds else None
+    return speeds[mode] / speeds[over] if mode in speeds and over in speeds else None

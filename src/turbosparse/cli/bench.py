@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +21,13 @@ _PROMPT = "The history of mathematics begins with counting, and with the need to
 _BUSY = 0.2
 
 
+class Against(StrEnum):
+    """Engines to compare with; see bench/peers.py."""
+
+    llama_cpp = "llama.cpp"
+    transformers = "transformers"
+
+
 def command(
     model: options.Model,
     dense_twin: Annotated[
@@ -27,28 +37,40 @@ def command(
     tokens: options.MaxTokens = 128,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; one more is thrown away.")] = 5,
     threads: options.Threads = None,
+    against: Annotated[
+        list[Against] | None, typer.Option("--against", help="Another engine, on the dense twin; repeatable.")
+    ] = None,
     compute: options.ComputeOption = options.Compute.int8,
     isa: options.IsaOption = None,
     json: options.Json = False,
 ) -> None:
     """Time the modes of a model in one run: interleaved, medians."""
-    from turbosparse.bench.compare import compare, speedup
+    from turbosparse.bench.compare import Contestant, compare, speedup
     from turbosparse.bench.contestants import EngineMode
     from turbosparse.bench.machine import busy_share, peak_memory_bytes
+    from turbosparse.bench.peers import Peer
+    from turbosparse.bench.twin import dense_twin_of
 
     busy = busy_share()
     if busy > _BUSY:
         output.notice(f"warning: other work takes {output.percent(busy)} of this machine; the figures will be low.")
     engine = load_engine(model, threads, compute, isa)
     _check(engine, prompt_tokens, tokens, engine.config.vocab_size)
-    contestants = [EngineMode(engine, mode) for mode in engine.modes]
-    if dense_twin is not None:
-        twin = load_engine(dense_twin, threads, compute, isa)
-        _check(twin, prompt_tokens, tokens, engine.config.vocab_size)
-        contestants.append(EngineMode(twin, "dense", "dense-twin"))
+    contestants: list[Contestant] = [EngineMode(engine, mode) for mode in engine.modes]
     prompt = (engine.tokenizer.encode(_PROMPT) * prompt_tokens)[:prompt_tokens]
-    with output.progress("timing") as report:
-        runs = compare(contestants, prompt, tokens, repeats, report)
+    with dense_twin_of(model, engine, dense_twin, needed=bool(against)) as twin_path, ExitStack() as peers:
+        if twin_path is not None and engine.config.sparse:
+            twin = load_engine(str(twin_path), threads, compute, isa)
+            _check(twin, prompt_tokens, tokens, engine.config.vocab_size)
+            contestants.append(EngineMode(twin, "dense", "dense-twin"))
+        for name in against or ():
+            peer = Peer(name.value, Path(twin_path or model), engine.threads, prompt_tokens + tokens + 8)
+            peers.callback(peer.close)
+            if not peer.batched:
+                output.notice(f"warning: this build of {name.value} reads prompts token by token only.")
+            contestants.append(peer)
+        with output.progress("timing") as report:
+            runs = compare(contestants, prompt, tokens, repeats, report)
     peak = peak_memory_bytes()  # before the read limit is measured, which takes a buffer of its own
     record = {
         "model": model,
@@ -56,7 +78,8 @@ def command(
         "prompt_tokens": prompt_tokens,
         "tokens": tokens,
         "repeats": repeats,
-        "runs": [vars(run) for run in runs],
+        "synthetic": engine.config.synthetic,
+        "runs": [vars(run) | ({"synthetic": True} if engine.config.synthetic else {}) for run in runs],
         "speedup": {"exact": speedup(runs, "exact"), "predicted": speedup(runs, "predicted")},
         "peak_memory_bytes": peak,
     }
@@ -100,6 +123,9 @@ def show(record: dict[str, Any], runs: list[Run]) -> None:
     """The figures as a table on stdout."""
     from rich.table import Table
 
+    from turbosparse.bench.compare import speedup
+    from turbosparse.bench.peers import PEERS
+
     table = Table(
         title=f"{record['machine']['cpu']}, {record['machine']['threads']} threads, {record['machine']['isa']}"
     )
@@ -120,6 +146,12 @@ def show(record: dict[str, Any], runs: list[Run]) -> None:
     console.print(f"this machine reads {output.number(limit)} GB/s from memory; peak memory {peak(record)}")
     if exact:
         console.print(f"exact is {exact:.2f} times as fast as dense")
+    for peer in PEERS:
+        for run in runs:
+            if (times := speedup(runs, run.mode, over=peer)) is not None and run.mode not in PEERS:
+                console.print(f"{run.mode} is {times:.2f} times as fast as {peer} on the dense twin")
+    if record["synthetic"]:
+        console.print("synthetic weights: these figures are about speed alone")
 
 
 def peak(record: dict[str, Any]) -> str:

@@ -54,4 +54,5 @@ def describe(path: str) -> dict[str, Any]:
             "quant": weights.most_common(1)[0][0],
             "file_bytes": file.file_bytes,
             "predictor": None,
+            "synthetic": config.synthetic,
         }

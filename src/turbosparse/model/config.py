@@ -17,6 +17,7 @@ from turbosparse.model.rope import FACTOR_BOUNDS, THETA_BOUNDS, rope_from_hf
 FORMAT_VERSION = 1
 SPARSE_ACTIVATIONS = frozenset({"drelu", "reglu"})
 # Hugging Face names of the gate's function, and the gated unit that it makes.
+SYNTHETIC_KEY = "turbosparse.synthetic"  # also in the files of dense models
 _HF_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "relu": "reglu"}
 
 # Far above every known model, and low enough that no product of two of them is more than a large allocation.
@@ -56,6 +57,7 @@ class ModelConfig:
         qk_norm: Q and K are normed per head.
         post_norms: the outputs of attention and FFN are normed.
         experts: 0 for a dense model.
+        synthetic: the weights are random (synthetic.py).
     """
 
     family: str
@@ -84,6 +86,7 @@ class ModelConfig:
     qk_norm: bool
     post_norms: bool
     experts: int = 0
+    synthetic: bool = False
 
     @property
     def sparse(self) -> bool:
@@ -269,6 +272,7 @@ def _from_gguf(file: GGUFFile) -> ModelConfig:
         attention_bias=family.attention_bias,
         qk_norm=family.qk_norm,
         post_norms=family.post_norms,
+        synthetic=general.flag(SYNTHETIC_KEY, False),
     )
     return _checked(config, fields)
 

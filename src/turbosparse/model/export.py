@@ -86,7 +86,7 @@ def export_gguf(
         plan = _plan(checkpoint)
         tokenizer = tokenizer_metadata(folder)
         architecture = architecture_of(plan.config)
-        with _replacing(out) as partial:
+        with replacing(out) as partial:
             writer = GGUFWriter(partial, architecture)
             try:
                 write_metadata(writer, plan.config, quant, folder, checkpoint.config)
@@ -159,7 +159,7 @@ def _stored(checkpoint: Checkpoint, spec: TensorSpec, prefix: str) -> StoredTens
 def _write_tensors(writer: GGUFWriter, plan: _Plan, quant: str, progress: Progress | None) -> None:
     if plan.factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, plan.factors.shape, plan.factors.dtype, plan.factors.nbytes)
-    kinds = [_storage_type(spec, quant) for spec, _ in plan.tensors]
+    kinds = [storage_type(spec, quant) for spec, _ in plan.tensors]
     for (spec, _), kind in zip(plan.tensors, kinds, strict=True):
         # A dtype other than uint8 says that the shape counts elements.
         writer.add_tensor_info(spec.name, spec.shape, np.dtype(np.float32), nbytes_of(kind, spec.shape), raw_dtype=kind)
@@ -181,7 +181,8 @@ def _write_tensors(writer: GGUFWriter, plan: _Plan, quant: str, progress: Progre
             progress(done, total)
 
 
-def _storage_type(spec: TensorSpec, quant: str) -> Type:
+def storage_type(spec: TensorSpec, quant: str) -> Type:
+    """How a tensor is stored in a file of `quant`, a key of `QUANTS`."""
     if spec.role in ("norm", "bias") or len(spec.shape) == 1:
         return Type.F32
     matrix, embedding = QUANTS[quant]
@@ -212,7 +213,7 @@ def _interleaved(values: npt.NDArray[np.float32], head_dim: int) -> npt.NDArray[
 
 
 @contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path) -> Iterator[Path]:
     """A temporary path beside `out` that becomes `out` if the block succeeds and vanishes if it does not."""
     if out.is_dir():
         raise UserError(f"{out} is a folder; give the path of the GGUF file to write.")

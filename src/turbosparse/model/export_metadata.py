@@ -75,6 +75,11 @@ def write_metadata(writer: GGUFWriter, config: ModelConfig, quant: str, folder: 
     licence = _licence(folder, raw)
     if licence is not None:
         writer.add_license(licence)
+    write_hyperparameters(writer, config, quant)
+
+
+def write_hyperparameters(writer: GGUFWriter, config: ModelConfig, quant: str) -> None:
+    """Add what a reader must know to compute: sizes, activation, positions, file type. Arguments as above."""
     writer.add_file_type(FILE_TYPES[quant])
     writer.add_quantization_version(QUANTIZATION_VERSION)
     architecture = architecture_of(config)

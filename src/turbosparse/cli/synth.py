@@ -1,0 +1,62 @@
+"""`turbosparse synth`: a model of a well-known shape with random weights, as sparse as asked, to time."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from turbosparse.cli import options, output
+from turbosparse.cli.export import Quant
+
+
+class SyntheticActivation(StrEnum):
+    """drelu, or swiglu for the dense twin."""
+
+    drelu = "drelu"
+    swiglu = "swiglu"
+
+
+def command(
+    out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
+    shape: Annotated[str, typer.Option("--shape", help="Such as mistral-7b, llama-3-8b, smollm2-135m.")],
+    sparsity: Annotated[float, typer.Option("--sparsity", help="Share of zeros in h.")] = 0.9,
+    gate_rate: Annotated[float, typer.Option("--gate-rate", help="Share of positive gates.")] = 0.25,
+    activation: Annotated[
+        SyntheticActivation, typer.Option("--activation", help="swiglu: the dense twin, in llama.cpp's layout.")
+    ] = SyntheticActivation.drelu,
+    layers: Annotated[int | None, typer.Option("--layers", min=1, max=1024, help="Default: the model's own.")] = None,
+    quant: Annotated[Quant, typer.Option("--quant", help="Storage of the matrices.")] = Quant.q4_0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the weights.")] = 0,
+    json: options.Json = False,
+) -> None:
+    """Write a model with random weights: its speed is that of a trained one, its text is noise."""
+    from turbosparse.model.shapes import shape_config
+    from turbosparse.model.synthetic import measure_rates, rates_for, write_synthetic
+
+    config = shape_config(shape, activation.value, layers)
+    rates = rates_for(sparsity, gate_rate)
+    with output.progress(f"writing {out.name}") as report:
+        file_bytes = write_synthetic(out, shape, config, rates, quant.value, seed, report)
+    measured = measure_rates(out)
+    record = {
+        "output": str(out),
+        "shape": shape,
+        "activation": activation.value,
+        "layers": config.n_layers,
+        "quant": quant.value,
+        "file_bytes": file_bytes,
+        "measured": {"gate_rate": measured.gate, "up_rate": measured.up, "sparsity": 1.0 - measured.h},
+    }
+    if json:
+        output.emit(record)
+        return
+    print(out)
+    if config.sparse:
+        output.notice(
+            f"synthetic, {output.megabytes(file_bytes)}; measured in its first and last layer: gate positive in "
+            f"{output.percent(measured.gate)}, h zero in {output.percent(1.0 - measured.h)}"
+        )
+    output.notice(f"time it: turbosparse bench {out}")

@@ -1,0 +1,113 @@
+"""Models with random weights: as sparse as asked, in the engine and in numbers, and whole files."""
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from turbosparse.engine import Engine, SamplingParams
+from turbosparse.errors import UserError
+from turbosparse.model.config import ModelConfig
+from turbosparse.model.gguf import GGUFFile
+from turbosparse.model.quantize import dequantize
+from turbosparse.model.shapes import SHAPES, shape_config
+from turbosparse.model.synthetic import Rates, measure_rates, random_rows, rates_for, write_synthetic
+
+
+def decode(engine: Engine, count: int, mode: str) -> list[int]:
+    session = engine.session(256)
+    session.prefill(engine.tokenizer.encode("Once upon a time"), mode)
+    tokens = []
+    for _ in range(count):
+        tokens.append(session.sample(SamplingParams()))
+        session.decode(tokens[-1], mode)
+    return tokens
+
+
+@pytest.mark.parametrize("quant", ["q4_0", "q8_0", "f16"])
+@pytest.mark.parametrize(("sparsity", "gate_rate"), [(0.9, 0.25), (0.95, 0.1), (0.6, 0.5)])
+def test_the_engine_finds_the_sparsity_that_was_asked_for(tmp_path, quant, sparsity, gate_rate):
+    out = tmp_path / "model.gguf"
+    rates = rates_for(sparsity, gate_rate)
+    size = write_synthetic(out, "small", shape_config("smollm2-135m", "drelu", layers=3), rates, quant)
+    assert size == out.stat().st_size and list(tmp_path.iterdir()) == [out]
+    measured = measure_rates(out)
+    for name in ("gate", "up", "h"):
+        assert getattr(measured, name) == pytest.approx(getattr(rates, name), abs=0.015)
+    engine = Engine.load(out)
+    assert engine.config.synthetic
+    engine.traffic(reset=True)
+    tokens = decode(engine, 48, "exact")
+    assert engine.traffic().sparsity == pytest.approx(sparsity, abs=0.02)
+    assert len(set(tokens)) > 20  # the text does not stand still, so the active set moves
+    assert decode(engine, 48, "dense") == tokens
+
+
+def test_active_sets_vary_per_token(tmp_path):
+    write_synthetic(tmp_path / "m.gguf", "m", shape_config("smollm2-135m", "drelu", 2), rates_for(0.9, 0.25), "q4_0")
+    engine = Engine.load(tmp_path / "m.gguf")
+    engine.count_activations(True)
+    session = engine.session(128)
+    session.prefill(list(range(300, 400)), "dense")
+    h = engine.counters().h
+    assert np.median(h) == pytest.approx(10, abs=2)  # of 100 tokens each neuron fires for about ten
+    assert (h < 40).mean() > 0.99
+
+
+def test_the_dense_twin_is_a_plain_swiglu_file(tmp_path):
+    config = shape_config("smollm2-135m", "swiglu", 2)
+    write_synthetic(tmp_path / "twin.gguf", "small", config, rates_for(0.9, 0.25), "q4_0")
+    with GGUFFile.open(tmp_path / "twin.gguf") as file:
+        assert file.metadata["general.architecture"] == "llama"
+        assert file.metadata["general.name"] == "synthetic small"
+        read = ModelConfig.from_gguf(file)
+    assert (read.activation, read.synthetic, read.ffn_size) == ("swiglu", True, config.ffn_size)
+    assert len(decode(Engine.load(tmp_path / "twin.gguf"), 8, "dense")) == 8
+
+
+def test_the_same_seed_writes_the_same_file(tmp_path):
+    config = shape_config("smollm2-135m", "drelu", 1)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_synthetic(tmp_path / name, "m", config, rates_for(0.9, 0.25), "q4_0", seed)
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q8_0, Type.F16, Type.F32])
+def test_random_rows_have_the_moments_that_were_asked_for(kind):
+    rows = random_rows(np.random.default_rng(0), (512, 256), kind, 0.5, -0.3)
+    values = dequantize(rows.ravel(), kind, (512, 256))
+    constant = values[:, ::32]
+    others = np.delete(values, np.s_[::32], axis=1)
+    assert others.mean() == pytest.approx(0, abs=0.01)
+    assert others.std() == pytest.approx(0.5, rel=0.02)
+    assert constant.mean() == pytest.approx(-0.3, rel=0.03)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_has_a_sparse_and_a_dense_config(shape):
+    sparse, dense = shape_config(shape, "drelu"), shape_config(shape, "swiglu")
+    assert sparse.sparse and sparse.activation == "drelu" and dense.activation == "swiglu"
+    assert (sparse.n_layers, sparse.hidden_size, sparse.ffn_size) == (dense.n_layers, dense.hidden_size, dense.ffn_size)
+
+
+@pytest.mark.parametrize(("sparsity", "gate_rate"), [(0.7, 0.25), (1.0, 0.25), (-0.1, 1.0), (0.9, 1.5)])
+def test_rates_that_contradict_each_other(sparsity, gate_rate):
+    with pytest.raises(UserError, match="--gate-rate"):
+        rates_for(sparsity, gate_rate)
+
+
+def test_rates_follow_from_sparsity_and_gate():
+    assert rates_for(0.9, 0.25) == Rates(0.25, pytest.approx(0.4), pytest.approx(0.1))
+
+
+def test_an_unknown_shape_is_named():
+    with pytest.raises(UserError, match="--shape gpt-9"):
+        shape_config("gpt-9", "drelu")
+
+
+def test_nothing_is_left_when_the_file_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        write_synthetic(
+            tmp_path / "no" / "m.gguf", "m", shape_config("smollm2-135m", "drelu", 1), rates_for(0.9, 0.25), "q4_0"
+        )
+    assert list(tmp_path.iterdir()) == []
