@@ -1,6 +1,6 @@
 """Speed of each native kernel, by weight type and instruction set: GB/s of weights read, GMAC/s for prefill.
 
-    python benchmarks/kernels.py [--rows 1536] [--cols 576] [--threads 1] [--types q4_0 q8_0] [--resident]
+    python benchmarks/kernel_speed.py [--rows 1536] [--cols 576] [--threads 1] [--types q4_0 q8_0] [--resident]
 
 Matrices together exceed the last-level cache's share (512 MiB) unless --resident asks for one that stays in the cache.
 A figure is the best of a few passes; with several threads each one has matrices of its own.
