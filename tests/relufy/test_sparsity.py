@@ -27,7 +27,7 @@ def test_soft_count_cannot_be_lowered_by_scale_but_by_shifting_down():
 def test_tap_counts_what_fires(activation):
     torch.manual_seed(1)
     gate, up = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
-    tap = ActivationTap(activation, with_soft_count=False)
+    tap = ActivationTap(activation, None)
     tap(gate, up)
     h = gate.relu() * (up.relu() if activation == "drelu" else up)
     expected = [(x != 0).float().mean() for x in (gate.relu(), up.relu(), h)]
@@ -49,7 +49,7 @@ def test_pressure_is_off_at_the_target_and_bounded_by_its_weight():
 def test_a_tap_with_a_stride_looks_at_every_so_manieth_token():
     torch.manual_seed(2)
     gate, up = torch.randn(3, 10, 7), torch.randn(3, 10, 7)
-    sampled, whole = ActivationTap("drelu", True, stride=4), ActivationTap("drelu", True)
+    sampled, whole = ActivationTap("drelu", "count", stride=4), ActivationTap("drelu", "count")
     sampled(gate, up)
     whole(gate[:, [0, 4, 8]], up[:, [0, 4, 8]])
     assert torch.equal(sampled.rates, whole.rates)

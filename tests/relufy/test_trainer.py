@@ -18,7 +18,8 @@ _STAGES = """
  - {name: warm, objective: layerwise, teacher: dense, tokens: 2048, batch_tokens: 64, device_windows: 4,
     learning_rate: 1.0e-2, align_signs: true, sparsity: {target_rate: 0.2, weight: 0.5}}
  - {name: recover, objective: cross_entropy, tokens: 640, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2,
-    distillation: {teacher: dense, share: 0.5}, sparsity: {target_rate: 0.1, weight: 1.0}, eval_every: 5, save_every: 3}
+    distillation: {teacher: dense, share: 0.5, hidden: 0.5}, optimizer: muon,
+    sparsity: {target_rate: 0.1, weight: 1.0}, eval_every: 5, save_every: 3}
 """
 
 
@@ -76,7 +77,9 @@ def test_stages_learn_and_log_loss_and_sparsity_per_domain(whole_run):
     recover = _log(whole_run / "2-recover")
     steps = [record for record in recover if "loss" in record]
     assert len(steps) == 10 and steps[-1]["tokens"] == 640
-    assert {"ce", "ce_a", "ce_b", "mixed_ce", "penalty", "sparsity_h", "learning_rate"} <= steps[-1].keys()
+    assert {"ce", "ce_a", "ce_b", "mixed_ce", "state_distance", "penalty", "sparsity_h", "learning_rate"} <= steps[
+        -1
+    ].keys()
     checks = [record for record in recover if "validation" in record]
     assert [record["step"] for record in checks] == [5, 10]
     assert checks[-1]["mean"]["ce"] < checks[0]["mean"]["ce"]
@@ -178,3 +181,11 @@ def test_what_the_user_got_wrong(folder, change, word):
     recipe.write_text(recipe.read_text().replace(*change))
     with pytest.raises(UserError, match=word):
         train_from_recipe(recipe)
+
+
+def test_text_that_is_missing_stops_a_run_before_it_spends_time(folder):
+    recipe = _recipe(folder, "no-text")
+    recipe.write_text(recipe.read_text().replace("path: b.jsonl}]", "path: absent.jsonl}]"))
+    with pytest.raises(UserError, match=r"absent\.jsonl"):
+        train_from_recipe(recipe)
+    assert not (folder / "no-text").exists()

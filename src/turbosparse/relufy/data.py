@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from turbosparse.documents import read_records
 from turbosparse.errors import UserError
-from turbosparse.relufy.recipes import TextSource
+from turbosparse.relufy.recipes import Data, TextSource
 
 _DOCUMENTS_PER_BATCH = 512
 
@@ -32,6 +32,17 @@ def _files(source: TextSource) -> list[Path]:
     if not files:
         raise UserError(f"{source.path}: no such training text; the recipe's `path` must match at least one file")
     return files
+
+
+def check_sources(data: Data) -> None:
+    """Check that every local source is there, before a run spends its time on the first of them.
+
+    Raises:
+        UserError: a `path` matches no file.
+    """
+    for source in (*data.sources, *data.validation):
+        if source.path is not None:
+            _files(source)
 
 
 def _texts(source: TextSource, tokenizer: Any) -> Iterator[str]:

@@ -36,18 +36,28 @@ def _chunk_loss(
     softcap: float | None,
     teacher: Teacher | None,
     share: float,
-) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of the mixed cross-entropy, and the plain cross-entropy of every token."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over tokens of the mixed cross-entropy, the plain one of each, and the gradient of the products [N, V].
+
+    The loss is H(q, p) for q = share * teacher + (1 - share) * one-hot; the entropy of q is constant, so this is the
+    KL divergence up to a constant. Its gradient p - q is written down instead of left to autograd, which would walk
+    over all logits several times more.
+    """
     logits_NV = _logits(hidden_ND, weight_VD, softcap)
     log_norm_N = torch.logsumexp(logits_NV, dim=-1)
+    is_label_NV = torch.arange(weight_VD.shape[0], device=labels_N.device) == labels_N[:, None]
     ce_N = log_norm_N - logits_NV.gather(-1, labels_N[:, None])[:, 0]
+    loss_N = ce_N
+    grad_NV = torch.exp(logits_NV - log_norm_N[:, None])
     if teacher is None:
-        return ce_N.sum(), ce_N.detach()
-    # H(q, p) for q = share * teacher + (1 - share) * one-hot: the entropy of q is constant, so this is KL up to a
-    # constant.
-    teacher_NV = _logits(*teacher)
-    expected_N = (F.softmax(teacher_NV, dim=-1) * logits_NV).sum(-1)
-    return (share * (log_norm_N - expected_N) + (1 - share) * ce_N).sum(), ce_N.detach()
+        grad_NV = grad_NV - is_label_NV.float()
+    else:
+        teacher_NV = F.softmax(_logits(*teacher), dim=-1)
+        loss_N = share * (log_norm_N - (teacher_NV * logits_NV).sum(-1)) + (1 - share) * ce_N
+        grad_NV = grad_NV - share * teacher_NV - (1 - share) * is_label_NV.float()
+    if softcap:
+        grad_NV = grad_NV * (1 - (logits_NV / softcap).square())
+    return loss_N.sum(), ce_N, grad_NV.to(hidden_ND.dtype)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -60,23 +70,22 @@ class _ChunkedLoss(torch.autograd.Function):
         softcap: float | None,
         teacher: Teacher | None,
         share: float,
-        chunk_loss: Callable[..., tuple[Tensor, Tensor]],
+        chunk_loss: Callable[..., tuple[Tensor, Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         n = labels_N.numel()
-        compute = weight_VD.detach().to(hidden_ND.dtype).requires_grad_()
+        compute = weight_VD.detach().to(hidden_ND.dtype)
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         ce_N = torch.empty(n, dtype=torch.float32, device=hidden_ND.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         for start in range(0, n, _CHUNK):
             rows = slice(start, start + _CHUNK)
-            chunk = hidden_ND[rows].detach().requires_grad_()
+            chunk = hidden_ND[rows].detach()
             chunk_teacher = teacher and teacher._replace(hidden_ND=teacher.hidden_ND[rows])
-            with torch.enable_grad():
-                loss, ce_N[rows] = chunk_loss(chunk, compute, labels_N[rows], softcap, chunk_teacher, share)
-            grad_hidden_ND[rows], grad_weight = torch.autograd.grad(loss, (chunk, compute))
-            grad_weight_VD += grad_weight
-            total += loss.detach()
+            loss, ce_N[rows], grad_NV = chunk_loss(chunk, compute, labels_N[rows], softcap, chunk_teacher, share)
+            grad_hidden_ND[rows] = grad_NV @ compute
+            grad_weight_VD += grad_NV.T @ chunk
+            total += loss
         ctx.save_for_backward(grad_hidden_ND / n, (grad_weight_VD / n).to(weight_VD.dtype))
         ctx.mark_non_differentiable(ce_N)
         return total / n, ce_N
@@ -123,10 +132,48 @@ def token_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, 
     return torch.cat(chunks)
 
 
-_COMPILED: list[Callable[..., tuple[Tensor, Tensor]]] = []
+def state_distance(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
+    """Mean squared difference of hidden states, each scaled to a root mean square of 1: float32 scalar, 0 to 4."""
+    size = (student_BTD.shape[-1],)
+    return (F.rms_norm(student_BTD.float(), size) - F.rms_norm(teacher_BTD.float(), size)).square().mean()
 
 
-def _compiled_chunk_loss() -> Callable[..., tuple[Tensor, Tensor]]:
+def _keeper(seen: list[Tensor], training: bool) -> Callable[..., None]:
+    """A hook that keeps a block's output; the student's only where it has a gradient, so not during validation."""
+
+    def keep(_module: Any, _inputs: Any, output: Tensor) -> None:
+        if output.requires_grad or not training:
+            seen.append(output)
+
+    return keep
+
+
+class HiddenStates:
+    """The distance between the hidden states of student and teacher, mean over blocks, of their last forward passes."""
+
+    def __init__(self, student: Any, teacher: Any, weight: float, compiled: bool) -> None:
+        self._weight = weight
+        self._distance = torch.compile(state_distance, dynamic=False) if compiled else state_distance
+        self._seen: tuple[list[Tensor], list[Tensor]] = ([], [])
+        if weight > 0:
+            for model, seen in zip((student, teacher), self._seen, strict=True):
+                for layer in model.model.layers:
+                    layer.register_forward_hook(_keeper(seen, training=model is student))
+
+    def __call__(self, progress: float, metrics: dict[str, Tensor]) -> Tensor | float:
+        if self._weight == 0:
+            return 0.0
+        distance = torch.stack([self._distance(s, t) for s, t in zip(*self._seen, strict=True)]).mean()
+        for seen in self._seen:
+            seen.clear()
+        metrics["state_distance"] = distance.detach()
+        return self._weight * (1 - progress) * distance
+
+
+_COMPILED: list[Callable[..., tuple[Tensor, Tensor, Tensor]]] = []
+
+
+def _compiled_chunk_loss() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     if not _COMPILED:
         _COMPILED.append(torch.compile(_chunk_loss, dynamic=False))
     return _COMPILED[0]

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from turbosparse.relufy.distill import Teacher, mixed_cross_entropy
-from turbosparse.relufy.recipes import Sparsity
+from turbosparse.relufy.distill import HiddenStates, Teacher, mixed_cross_entropy
+from turbosparse.relufy.recipes import Distillation, Sparsity
 from turbosparse.relufy.sparsity import SparsityPressure, attach_taps
 
-_TAP_STRIDE = 4  # tokens between those whose activations the penalty looks at
+_TAP_STRIDE = 8  # tokens between those whose activations the penalty looks at
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Objective(Protocol):
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], progress: float) -> Loss: ...
 
 
-def ffns(model: Any) -> list[nn.Module]:
+def ffns(model: Any) -> list[Any]:
     """The feed-forward blocks of a causal language model, in layer order."""
     return [layer.mlp for layer in model.model.layers]
 
@@ -56,7 +56,7 @@ class _SparsityTerm:
     """The penalty and the activation rates that every objective shares."""
 
     def __init__(self, mlps: list[nn.Module], settings: Sparsity | None) -> None:
-        self.taps = attach_taps(mlps, with_soft_count=settings is not None, stride=_TAP_STRIDE)
+        self.taps = attach_taps(mlps, settings.penalty if settings is not None else None, _TAP_STRIDE)
         self.pressure = SparsityPressure(settings) if settings is not None and self.taps else None
 
     def __call__(self, progress: float, metrics: dict[str, Tensor]) -> Tensor | float:
@@ -75,19 +75,24 @@ class _SparsityTerm:
 
 
 class NextToken:
-    """Cross-entropy on the text, mixed with a teacher's probabilities where one is given, plus the sparsity penalty."""
+    """Cross-entropy on the text, mixed with a teacher's probabilities where one is given, plus the sparsity penalty.
+
+    Args:
+        distillation: how to learn from `teacher`; None without one.
+    """
 
     def __init__(
         self,
         student: Any,
         sparsity: Sparsity | None,
         teacher: Any = None,
-        share: float = 0.0,
+        distillation: Distillation | None = None,
         dtype: torch.dtype | None = None,
         compiled: bool = False,
     ) -> None:
         self._sparsity = _SparsityTerm(ffns(student), sparsity)
-        self._teacher, self._share = teacher, share
+        self._teacher, self._share = teacher, distillation.share if distillation else 0.0
+        self._states = HiddenStates(student, teacher, distillation.hidden, compiled) if distillation else None
         self._dtype, self._compiled = dtype, compiled
 
     def _teach(self, ids_BT: Tensor) -> Teacher:
@@ -114,6 +119,8 @@ class NextToken:
         metrics = {"ce": ce_N.mean(), "window_ce": ce_N.view(ids_BT.shape[0], -1).mean(-1), "domain": batch["domain"]}
         if teacher is not None:
             metrics["mixed_ce"] = loss.detach()
+        if self._states is not None:
+            loss = loss + self._states(progress, metrics)
         return Loss(loss + self._sparsity(progress, metrics), metrics)
 
 

@@ -70,13 +70,19 @@ class Sparsity(_Strict):
     ramp: float = Field(default=0.3, ge=0, le=1, description="share of the stage over which the target falls")
     weight: float = Field(default=1.0, ge=0)
     width: float = Field(default=0.02, gt=0, description="excess of the rate at which the full weight is reached")
+    penalty: Literal["count", "l1"] = Field(default="count", description="what is pushed down: see sparsity.py")
 
 
 class Distillation(_Strict):
-    """Learn from a teacher's token probabilities, mixed with the text: `share` * teacher + (1 - share) * text."""
+    """Learn from a teacher's token probabilities, mixed with the text: `share` * teacher + (1 - share) * text.
+
+    `hidden` is the weight of a second term, the distance between the two models' hidden states after every block. It
+    falls to zero over the stage: a help to find the way, not a wish for the same states.
+    """
 
     teacher: str
     share: float = Field(default=0.9, ge=0, le=1)
+    hidden: float = Field(default=0.0, ge=0)
 
 
 class Stage(_Strict):
@@ -93,6 +99,7 @@ class Stage(_Strict):
     batch_tokens: Tokens = 131072
     device_windows: int = Field(default=64, gt=0, description="windows in one forward pass")
     warmup: float = Field(default=0.02, ge=0, lt=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"
     schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
     final_lr_share: float = Field(default=0.05, ge=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0)

@@ -37,18 +37,31 @@ def soft_count(gate_BTF: Tensor, up_BTF: Tensor, gate_only: bool = False) -> Ten
     return gate.mean() if gate_only else (gate * openness(up_BTF)).mean()
 
 
+def relative_l1(gate_BTF: Tensor, up_BTF: Tensor, gate_only: bool = False) -> Tensor:
+    """L1 norm of h over its root mean square (no gradient through that): float32 scalar, 0 for no active neuron.
+
+    The penalty of ProSparse (arXiv 2402.13516), made independent of the size of h.
+    """
+    gate, up = torch.relu(gate_BTF.float()), up_BTF.float()
+    h = gate * (up if gate_only else torch.relu(up))
+    return h.abs().mean() / (h.detach().square().mean().sqrt() + 1e-6)
+
+
+_PENALTIES = {"count": soft_count, "l1": relative_l1}
+
+
 class ActivationTap:
     """Hangs on a SparseGLU (`mlp.tap = tap`) and keeps the statistics of its last forward pass.
 
     `rates`: float32 [3], shares of positive gates, positive ups and non-zero h, without gradient.
-    `soft`: the soft count with gradient, or None where no penalty is wanted.
+    `soft`: what the penalty pushes down, with gradient, or None where no penalty is wanted.
     `stride`: every stride-th token is looked at. Training takes a sample, as each of the three passes over the
     pre-activations that the soft count needs costs memory bandwidth; validation takes them all.
     """
 
-    def __init__(self, activation: str, with_soft_count: bool, stride: int = 1) -> None:
+    def __init__(self, activation: str, penalty: str | None, stride: int = 1) -> None:
         self.gate_only = activation == "reglu"
-        self.with_soft_count = with_soft_count
+        self._penalty = _PENALTIES[penalty] if penalty else None
         self.stride = stride
         self.rates: Tensor | None = None
         self.soft: Tensor | None = None
@@ -58,14 +71,14 @@ class ActivationTap:
         gate_on, up_on = gate_BTF > 0, up_BTF > 0
         active = gate_on & (up_BTF != 0 if self.gate_only else up_on)
         self.rates = torch.stack([on.float().mean() for on in (gate_on, up_on, active)])
-        self.soft = soft_count(gate_BTF, up_BTF, self.gate_only) if self.with_soft_count else None
+        self.soft = self._penalty(gate_BTF, up_BTF, self.gate_only) if self._penalty else None
 
 
-def attach_taps(mlps: Sequence[nn.Module], with_soft_count: bool, stride: int = 1) -> list[ActivationTap]:
+def attach_taps(mlps: Sequence[nn.Module], penalty: str | None = None, stride: int = 1) -> list[ActivationTap]:
     """Put a tap on every sparse FFN; an empty list for a dense model (a SwiGLU control has no exact zeros)."""
     if not all(hasattr(mlp, "tap") for mlp in mlps):
         return []
-    taps = [ActivationTap(mlp.activation, with_soft_count, stride) for mlp in mlps]  # type: ignore[arg-type]
+    taps = [ActivationTap(mlp.activation, penalty, stride) for mlp in mlps]  # type: ignore[arg-type]
     for mlp, tap in zip(mlps, taps, strict=True):
         mlp.tap = tap  # type: ignore[assignment]
     return taps

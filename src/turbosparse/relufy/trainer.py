@@ -24,8 +24,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from turbosparse.errors import UserError
 from turbosparse.relufy.align import align_signs
-from turbosparse.relufy.data import Mixture, build_mixture, validation_windows
+from turbosparse.relufy.data import Mixture, build_mixture, check_sources, validation_windows
 from turbosparse.relufy.objective import Layerwise, NextToken, Objective, ffns
+from turbosparse.relufy.optimizer import make_muon
 from turbosparse.relufy.progress import ProgressLog
 from turbosparse.relufy.recipes import Recipe, Stage, load_recipe
 from turbosparse.relufy.schedule import learning_rate_share
@@ -74,6 +75,12 @@ class RecoveryTrainer(Trainer):
             loss = self.objective(model, inputs, self._progress())
         self.progress_log.add(loss.metrics)
         return loss.total
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        if self.stage.optimizer == "muon":
+            self.optimizer = make_muon(self.model, self.stage)
+            return self.optimizer
+        return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Our own schedule: a stage's learning rate is a share of its peak, see schedule.py."""
@@ -218,8 +225,7 @@ def _objective(
         _compile(list(model.model.layers))
         if teacher is not None:
             _compile(list(teacher.model.layers))
-    share = stage.distillation.share if stage.distillation else 0.0
-    return NextToken(model, stage.sparsity, teacher, share, dtype, compiled)
+    return NextToken(model, stage.sparsity, teacher, stage.distillation, dtype, compiled)
 
 
 def _mixture(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, stage_index: int) -> Mixture:
@@ -309,6 +315,7 @@ def train_from_recipe(path: Path, resume: bool = False, max_seconds: float | Non
         UserError: the recipe, a model folder or a text file is not usable.
     """
     recipe = load_recipe(path)
+    check_sources(recipe.data)
     output = _prepare_output(recipe, path, resume)
     stages: dict[str, Any] = {}
     source = recipe.model

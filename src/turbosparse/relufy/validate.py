@@ -32,7 +32,7 @@ def validate(
     model.eval()
     mlps = ffns(model)
     old_taps = [getattr(mlp, "tap", None) for mlp in mlps]
-    taps = attach_taps(mlps, with_soft_count=False)
+    taps = attach_taps(mlps)
     results: dict[str, dict[str, float]] = {}
     for domain, ids in windows.items():
         total, rates = torch.zeros((), device=device), torch.zeros((len(taps), 3), device=device)
@@ -52,7 +52,7 @@ def validate(
             results[domain]["min_layer_sparsity_h"] = sparsity[:, 2].min().item()
     for mlp, tap in zip(mlps, old_taps, strict=True):
         if taps:
-            mlp.tap = tap  # type: ignore[assignment]
+            mlp.tap = tap
     model.train(was_training)
     return results
 
