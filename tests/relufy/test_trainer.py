@@ -189,3 +189,26 @@ def test_text_that_is_missing_stops_a_run_before_it_spends_time(folder):
     with pytest.raises(UserError, match=r"absent\.jsonl"):
         train_from_recipe(recipe)
     assert not (folder / "no-text").exists()
+
+
+def test_a_run_can_be_described_and_keeps_its_licence(folder):
+    """The licence goes from the dense folder through the swap and every stage; the card finds what the run wrote."""
+    from turbosparse.model.provenance import provenance
+    from turbosparse.publish.card import Evidence, model_card
+    from turbosparse.publish.run import read_run
+
+    (folder / "licensed").mkdir()
+    for file in (folder / "dense").iterdir():
+        (folder / "licensed" / file.name).write_bytes(file.read_bytes())
+    (folder / "licensed" / "README.md").write_text("---\nlicense: mit\nbase_model: a/b\n---\n")
+    (folder / "licensed" / "LICENSE").write_text("the text of it")
+    convert(folder / "licensed", folder / "licensed-drelu")
+    stages = "\n - {name: recover, objective: cross_entropy, tokens: 128, batch_tokens: 64, learning_rate: 1.0e-2}"
+    result = train_from_recipe(_recipe(folder, "described", model="licensed-drelu", stages=stages))
+    stage = folder / "described" / "1-recover"
+    assert (stage / "LICENSE").read_text() == "the text of it"
+    origin = provenance(stage)
+    assert (origin.license, origin.base_model) == ("mit", "a/b")
+    run = read_run(stage)
+    assert run.tokens == 128
+    assert f"{result['stages']['recover']['eval_ce']:.4f}" in model_card("name", origin, Evidence(run))

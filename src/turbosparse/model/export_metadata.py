@@ -6,7 +6,6 @@ that cannot be told stops the export; a sparse model's file is ours alone and st
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from gguf import GGUFValueType, GGUFWriter, LlamaFileType
 from turbosparse.errors import UserError
 from turbosparse.model.config import FORMAT_VERSION, ModelConfig, periodic_windows, runtime_attention_scale
 from turbosparse.model.families import ARCHITECTURE, FAMILIES, Family
+from turbosparse.model.provenance import provenance
 
 # Version of ggml's block formats.
 QUANTIZATION_VERSION = 2
@@ -25,8 +25,6 @@ FILE_TYPES = {
     "f16": LlamaFileType.MOSTLY_F16,
     "f32": LlamaFileType.ALL_F32,
 }
-_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---", re.DOTALL)
-_LICENCE = re.compile(r"^license:[ \t]*[\"']?([A-Za-z0-9.+_-]{1,64})[\"']?[ \t]*$", re.MULTILINE)
 
 
 def architecture_of(config: ModelConfig) -> str:
@@ -158,10 +156,4 @@ def _licence(folder: Path, raw: Mapping[str, Any]) -> str | None:
     stated = raw.get("license")
     if isinstance(stated, str) and 0 < len(stated) <= 64:
         return stated
-    try:
-        with (folder / "README.md").open(encoding="utf-8", errors="replace") as handle:
-            front = _FRONT_MATTER.match(handle.read(1 << 16))
-    except OSError:
-        return None
-    found = _LICENCE.search(front.group(1)) if front else None
-    return found.group(1) if found else None
+    return provenance(folder).license

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from turbosparse.errors import UserError
+from turbosparse.model.provenance import LICENCE_NAME, README, Provenance, note_provenance, provenance
 from turbosparse.relufy.drelu import ACTIVATIONS, FAMILIES, check_dense
 
 KEEP = "keep"
@@ -46,11 +47,13 @@ def convert(source: str | Path, out: Path, activation: str = "drelu") -> dict[st
     if activation not in (*ACTIVATIONS, KEEP):
         raise UserError(f"--activation {activation}: choose one of {', '.join((*ACTIVATIONS, KEEP))}.")
     with _new_folder(out) as partial:
-        _write_dense(str(source), partial)
+        origin = _write_dense(str(source), partial)
         config = _checked_config(str(source), partial)
         parameters = _checked_weights(str(source), partial, config.num_hidden_layers)
         if activation != KEEP:
             config = _swap(config, activation, partial)
+        made = "as it is" if activation == KEEP else f"with {activation} in its feed-forward blocks, not trained yet"
+        note_provenance(partial, origin, f"{Path(source).name} {made}: written by `turbosparse convert`.")
     return {
         "output": str(out),
         "architecture": config.model_type,
@@ -76,16 +79,19 @@ def _new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_dense(source: str, folder: Path) -> None:
+def _write_dense(source: str, folder: Path) -> Provenance:
+    """Write the checkpoint without what its card says; returns what of that goes on."""
     path = Path(source)
     if path.is_dir():
         _copy_checkpoint(path, folder)
-    elif path.is_file():
-        _read_gguf(path, folder)
-    elif _HUB_ID.fullmatch(source):
-        _copy_checkpoint(_download(source), folder)
-    else:
-        raise UserError(f"{source}: no such file or folder, and no hub id (owner/name); check the name.")
+        return provenance(path)
+    if path.is_file():
+        return _read_gguf(path, folder)
+    if _HUB_ID.fullmatch(source):
+        snapshot = _download(source)
+        _copy_checkpoint(snapshot, folder)
+        return Provenance(provenance(snapshot).license, source)
+    raise UserError(f"{source}: no such file or folder, and no hub id (owner/name); check the name.")
 
 
 def _copy_checkpoint(source: Path, folder: Path) -> None:
@@ -101,13 +107,13 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(_KEPT)))
+        return Path(snapshot_download(hub_id, allow_patterns=[*_KEPT, README]))
     except Exception as error:  # the hub's client raises errors of many kinds: offline, unknown, gated, disk full
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"{hub_id}: cannot be downloaded ({reason}); check the name and the connection.") from None
 
 
-def _read_gguf(path: Path, folder: Path) -> None:
+def _read_gguf(path: Path, folder: Path) -> Provenance:
     """Dequantise a GGUF file to float32 through transformers; the tokenizer is ours, as theirs is another."""
     from turbosparse.model.config import ModelConfig
     from turbosparse.model.gguf import GGUFFile
@@ -116,6 +122,7 @@ def _read_gguf(path: Path, folder: Path) -> None:
     with GGUFFile.open(path) as file:  # bounds everything before a less careful reader sees the file
         config = ModelConfig.from_gguf(file)
         tokenizer = Tokenizer.from_gguf(file)
+        licence = file.metadata.get("general.license")
     if config.sparse:
         raise UserError(f"{path}: is a {config.activation} model already; convert the dense one.")
     try:
@@ -128,6 +135,7 @@ def _read_gguf(path: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_hf(folder)
+    return Provenance(licence if isinstance(licence, str) and LICENCE_NAME.fullmatch(licence) else None)
 
 
 def _checked_config(source: str, folder: Path) -> Any:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 from transformers.trainer_callback import PrinterCallback
 
 from turbosparse.errors import UserError
+from turbosparse.model.provenance import carry_licence
 from turbosparse.relufy.align import align_signs
 from turbosparse.relufy.data import Mixture, build_mixture, check_sources, validation_windows
 from turbosparse.relufy.objective import Layerwise, NextToken, Objective, ffns
@@ -281,6 +282,7 @@ def _run_stage(
         shutil.rmtree(leftover)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    carry_licence(Path(source), partial)
     (partial / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     os.replace(partial, folder)
     return metrics
