@@ -211,7 +211,7 @@ NB_MODULE(_native, m) {
           [](Session* self, std::shared_ptr<Model> model, int64_t context) { new (self) Session(model, context); },
           "model"_a, "context"_a)
       .def("forward", &forward, "tokens"_a, "mode"_a, "all_logits"_a, "decode"_a, "logits"_a)
-      .def("reset", &Session::reset)
+      .def("truncate", &Session::truncate, "position"_a)
       .def_prop_ro("position", &Session::position)
       .def_prop_ro("context", &Session::context);
 

@@ -119,6 +119,11 @@ void Session::forward(const int32_t* tokens, int64_t n, Mode mode, bool all_logi
   }
 }
 
+void Session::truncate(int64_t position) {
+  if (position < 0 || position > position_) throw std::invalid_argument("the cache does not reach that far");
+  position_ = position;
+}
+
 void Session::block(const Pass& pass) {
   for (Scratch& s : scratch_) s.traffic = Traffic{};
   model_->team().run([&](Member& member) { run(member, pass); }, model_->pace().size());

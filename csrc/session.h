@@ -29,7 +29,8 @@ class Session {
   int64_t position() const { return position_; }
   int64_t context() const { return context_; }
   int64_t vocab() const { return config_.vocab; }
-  void reset() { position_ = 0; }
+  // Forget all tokens from `position` on. What is kept has the bits that it had: keys and values lie by position.
+  void truncate(int64_t position);
 
  private:
   // Room for a set of inputs of matrix products, in fp32 and as int8 blocks.

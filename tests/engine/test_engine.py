@@ -248,3 +248,28 @@ def test_the_repetition_penalty_lowers_what_was_said():
 def test_impossible_sampling_settings(change):
     with pytest.raises(UserError, match=next(iter(change))):
         SamplingParams(**change)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # gemma3: layers that slide by 8
+@pytest.mark.parametrize("kept", [0, 1, 63, 70])
+def test_what_is_kept_of_a_cache_keeps_its_bits(tiny_gguf, family, kept):
+    engine = Engine.load(tiny_gguf(family, "drelu", "q8_0"))
+    other = TOKENS[:kept] + [token + 1 for token in TOKENS[kept:]]
+    session = engine.session()
+    session.prefill(TOKENS)
+    assert session.keep_prefix(other) == kept == session.position
+    assert equal_bits(session.logits(other[kept:]), engine.session().logits(other)[kept:])
+
+
+def test_one_token_is_left_to_read_and_a_cache_grows_only_by_reading(tiny_gguf):
+    engine = Engine.load(tiny_gguf("llama", "drelu", "q8_0"))
+    session = engine.session()
+    after = session.prefill(TOKENS[:9])
+    assert session.keep_prefix(TOKENS[:9]) == 8 and equal_bits(session.prefill(TOKENS[8:9]), after)
+    assert session.keep_prefix(TOKENS[:20]) == 9 and session.keep_prefix(TOKENS[:4]) == 3
+    for position in (-1, 4):
+        with pytest.raises(ValueError, match="does not reach"):
+            session.truncate(position)
+    session.truncate(2)
+    with pytest.raises(ValueError, match="nothing to sample"):
+        session.sample(SamplingParams())

@@ -75,9 +75,23 @@ class Session:
 
     def reset(self) -> None:
         """Forget everything."""
-        self._native.reset()
-        self._history.clear()
+        self.truncate(0)
+
+    def truncate(self, position: int) -> None:
+        """Forget all tokens from `position` on; what is kept has the bits that it had."""
+        self._native.truncate(position)
+        del self._history[position:]
         self._last = None
+
+    def keep_prefix(self, tokens: Sequence[int]) -> int:
+        """Forget all but the tokens that `tokens` begins with too, and return how many these are.
+
+        The last of `tokens` is not among them: it is what the next logits come from, so it has to be read.
+        """
+        pairs = zip(self._history, tokens[:-1], strict=False)
+        kept = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+        self.truncate(min(len(self._history), len(tokens) - 1) if kept is None else kept)
+        return self.position
 
     def prefill(self, tokens: Sequence[int], mode: str = "dense") -> Floats:
         """Read a prompt; returns the logits after its last token, float32 [vocab].
