@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turbosparse.errors import UserError
+from turbosparse.evaluate.folder import load_folder
 from turbosparse.evaluate.windows import WINDOW, windows
 from turbosparse.model.config import ModelConfig
 
@@ -110,23 +111,13 @@ def perplexity_hf(
     Raises:
         UserError: torch is not installed, the folder is not a causal language model, or as `perplexity_engine`.
     """
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise UserError("Hugging Face folders need torch; install turbosparse[train], or export to GGUF.") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{model_dir} cannot be loaded with transformers ({reason}).") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device).eval()
+    tokenizer, model = load_folder(model_dir)
+    import torch
+
     total = _Total("hf", progress)
     for window in windows(_HFTokenizer(tokenizer), path, length, limit):
         with torch.inference_mode():
-            logits = model(torch.tensor([window[:-1]], device=device)).logits[0]
+            logits = model(torch.tensor([window[:-1]], device=model.device)).logits[0]
         total.add(negative_log_likelihoods(logits.float().cpu().numpy(), window[1:]))
         total.show()
     return total.result()
