@@ -35,3 +35,11 @@ def tiny_gguf(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPat
         return out
 
     return make
+
+
+@pytest.fixture(scope="session")
+def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder of `turbosparse eval` with a few items for every task."""
+    from benchmark_files import write_benchmarks
+
+    return write_benchmarks(tmp_path_factory.mktemp("benchmarks"))

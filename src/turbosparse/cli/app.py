@@ -9,7 +9,21 @@ import typer
 from typer.core import TyperGroup
 
 import turbosparse
-from turbosparse.cli import analyze, bench, chat, convert, demo, export, info, perplexity, publish, run, synth, train
+from turbosparse.cli import (
+    analyze,
+    bench,
+    chat,
+    convert,
+    demo,
+    eval,
+    export,
+    info,
+    perplexity,
+    publish,
+    run,
+    synth,
+    train,
+)
 from turbosparse.errors import UserError
 
 
@@ -59,6 +73,6 @@ def _root(
     """Make a language model compute only the neurons that fire."""
 
 
-for stage in (convert, train, analyze, export, info, run, chat, perplexity, bench, synth, publish):
+for stage in (convert, train, analyze, export, info, run, chat, perplexity, eval, bench, synth, publish):
     app.command(stage.__name__.rpartition(".")[2])(stage.command)
 app.command("demo", hidden=True)(demo.command)

@@ -1,0 +1,210 @@
+"""`turbosparse eval`: benchmarks of lm-evaluation-harness, from local files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from turbosparse.cli import options, output
+from turbosparse.cli.extras import extra
+from turbosparse.cli.loading import choose_mode, load_engine
+from turbosparse.errors import UserError
+
+if TYPE_CHECKING:
+    from turbosparse.evaluate.scores import Comparison, Scores
+    from turbosparse.evaluate.tasks import Choice, DataFolder
+
+
+class Dtype(StrEnum):
+    """Arithmetic of a Hugging Face folder."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+_FOLDER = "Hugging Face folder"
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A GGUF file, a Hugging Face folder, or saved scores (.json).")
+    ],
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="A,B", help="Tasks and groups: core, commonsense, leaderboard.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option("--data-dir", metavar="DIR", envvar="TURBOSPARSE_EVAL_DATA", help="Where the tasks' files are."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first items of every task.")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="CONTROL", help="Compare item by item with this one.")
+    ] = None,
+    saved: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Keep every item's score; resumes by task.")
+    ] = None,
+    mode: options.ModeOption = options.Mode.auto,
+    threads: options.Threads = None,
+    compute: options.ComputeOption = options.Compute.int8,
+    isa: options.IsaOption = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, rich_help_panel=_FOLDER, help="Sequences at once; default 8.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", rich_help_panel=_FOLDER, help="Default: float32.")] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run code that the model writes: humaneval, mbpp. Only in a sandbox.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Score a model on benchmarks, with standard errors."""
+    if saved is not None and not saved.absolute().parent.is_dir():
+        raise UserError(f"--output {saved}: the folder {saved.parent} does not exist; create it first.")
+    if saved is not None and saved.suffix != ".json":
+        raise UserError(f"--output {saved}: give it a name that ends in .json.")
+    how = _How(data_dir, limit, mode, threads, compute, isa, batch, dtype)
+    from turbosparse.evaluate.scores import compare
+    from turbosparse.evaluate.tasks import TASKS, choose
+
+    choices = None if tasks is None and _is_saved(model) else choose(tasks or "core", allow_code)
+    if any(TASKS[choice.task].runs_code for choice in choices or ()):
+        output.notice("warning: what the model writes will be run as Python, with your files and your network.")
+    scores = how.scores(model, choices, saved)
+    comparison = None
+    if against is not None:
+        beside = None if saved is None else saved.with_suffix(".against.json")
+        comparison = compare(scores, how.scores(against, [score.choice for score in scores.tasks], beside))
+    if json:
+        output.emit(comparison.add_to(scores.to_json()) if comparison else scores.to_json())
+    else:
+        _show(scores, comparison)
+
+
+def _is_saved(name: str) -> bool:
+    return name.endswith(".json") and Path(name).is_file()
+
+
+@dataclass(frozen=True)
+class _How:
+    """The options that say how a model is evaluated, the same for both models of a comparison."""
+
+    data_dir: Path | None
+    limit: int | None
+    mode: options.Mode
+    threads: int | None
+    compute: options.Compute
+    isa: options.Isa | None
+    batch: int | None
+    dtype: Dtype | None
+
+    def scores(self, name: str, choices: list[Choice] | None, saved: Path | None) -> Scores:
+        """The scores on these tasks (None: on all that the file `name` holds), kept in `saved` as they come."""
+        from turbosparse.evaluate.scores import Scores
+        from turbosparse.evaluate.tasks import DataFolder, check
+
+        if _is_saved(name):
+            scores = Scores.load(Path(name))
+            return scores if choices is None else scores.only(choices)
+        assert choices is not None
+        with extra("eval"):
+            import turbosparse.evaluate.harness  # noqa: F401  here, so that a missing package is said first
+        data = DataFolder(self.data_dir)
+        check(choices, data)
+        lm, scores = self._load(name)
+        scores = _resumed(scores, saved)
+        for choice in choices:
+            if scores.find(choice) is None:
+                scores.tasks.append(_score(lm, choice, data, self.limit))
+                if saved is not None:
+                    scores.save(saved)
+        return scores.only(choices)
+
+    def _load(self, name: str) -> tuple[Any, Scores]:
+        """The harness's view of a model, and its scores before the first task."""
+        from turbosparse.evaluate.scores import Scores
+
+        if Path(name).is_dir():
+            if self.mode is not options.Mode.auto:
+                raise UserError(
+                    f"--mode {self.mode.value}: modes are the engine's, and {name} is a folder; export it first."
+                )
+            with extra("train"):
+                from turbosparse.evaluate.folder_lm import FolderLM
+            dtype = (self.dtype or Dtype.float32).value
+            settings = {"limit": self.limit, "dtype": dtype, "files": _stamp(Path(name))}
+            return FolderLM(name, dtype, self.batch or 8), Scores(name, "hf", settings)
+        for option, value in (("--batch", self.batch), ("--dtype", self.dtype)):
+            if value is not None:
+                raise UserError(f"{option} is for Hugging Face folders, and {name} is none; leave it out.")
+        from turbosparse.evaluate.engine_lm import EngineLM
+        from turbosparse.model.resolve import resolve_gguf
+
+        engine = load_engine(name, self.threads, self.compute, self.isa)
+        mode = choose_mode(engine, self.mode)
+        settings = {"limit": self.limit, "compute": self.compute.value, "files": _stamp(resolve_gguf(name))}
+        return EngineLM(engine, mode), Scores(name, mode, settings)
+
+
+def _stamp(path: Path) -> dict[str, list[int]]:
+    """Sizes and dates of the files of a model, which tell it from another one under the same name."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def _resumed(scores: Scores, saved: Path | None) -> Scores:
+    """The scores of an earlier run that was stopped, if it was one of the same model in the same way."""
+    from turbosparse.evaluate.scores import Scores
+
+    if saved is None or not saved.exists():
+        return scores
+    earlier = Scores.load(saved)
+    if (earlier.model, earlier.mode, earlier.settings) != (scores.model, scores.mode, scores.settings):
+        raise UserError(f"--output {saved} holds scores of another model, file or --limit; name a new file.")
+    output.notice(f"{saved} has {', '.join(score.task for score in earlier.tasks)} already")
+    return earlier
+
+
+def _score(lm: Any, choice: Choice, data: DataFolder, limit: int | None) -> Any:
+    from turbosparse.evaluate.harness import run
+
+    with output.progress(choice.task) as report:
+        return run(lm, choice, data, limit, report)
+
+
+def _show(scores: Scores, comparison: Comparison | None) -> None:
+    """The table, in percent: scores and what they may be off by, one standard error."""
+    from rich import box
+    from rich.table import Table
+
+    record = scores.to_json()
+    names = ["task", "metric", "shots", "items", "score"]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{scores.model}, {scores.mode}", title_justify="left")
+    if comparison is not None:
+        record = comparison.add_to(record)
+        names += ["control", "difference"]
+        table.caption = f"control: {comparison.control.model}, {comparison.control.mode}"
+        table.caption_justify = "left"
+    for name in names:
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right", no_wrap=True)
+    for task in record["tasks"]:
+        score = _points(task["value"], task["stderr"])
+        table.add_row(task["task"], task["metric"], str(task["shots"]), f"{task['n']:,}", score, *_compared(task))
+    table.add_section()
+    mean = _points(record["average"], record["average_stderr"])
+    table.add_row("average", "", "", "", mean, *_compared(record))
+    output.stdout_console().print(table)
+
+
+def _compared(row: dict[str, Any]) -> list[str]:
+    if "against" not in row:
+        return []
+    return [f"{100 * row['against']:.2f}", _points(row["difference"], row["difference_stderr"], "+")]
+
+
+def _points(value: float, stderr: float | None, sign: str = "") -> str:
+    """0.4321, 0.01 as "43.21 ± 1.00": percent, or percent points."""
+    return f"{100 * value:{sign}.2f}" + ("" if stderr is None else f" ± {100 * stderr:.2f}")
