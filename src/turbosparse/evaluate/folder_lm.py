@@ -22,7 +22,13 @@ class FolderLM(HFLM):
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         tokenizer, model = load_folder(folder, dtype)
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=batch,
+            softmax_dtype="float32",  # sums of log-probabilities in bfloat16 would tie
+        )
         self.progress: Callable[[int, int], None] = lambda _done, _total: None
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
