@@ -78,9 +78,17 @@ def test_a_run_goes_on_where_it_was_stopped(sparse, benchmarks, tmp_path):
     assert "another model" in turbo(*arguments, "--tasks", "boolq", code=2).stderr
 
 
-def test_two_models_in_one_run(sparse, tiny_gguf, benchmarks, tmp_path):
+def test_two_models_in_one_run(sparse, tiny_gguf, tiny_folder, benchmarks, tmp_path):
     control = tiny_gguf("llama", "dense", "f32")
     arguments = ("--tasks", "piqa,boolq", "--data-dir", benchmarks, "--against", control)
+    with_folder = (
+        *arguments[:-1],
+        tiny_folder("llama"),
+        "--mode",
+        "dense",
+        "--batch",
+        4,
+    )  # one option for each of them
     record = json.loads(turbo(sparse, *arguments, "--output", tmp_path / "a.json", "--json").stdout)
     assert record["control"] == {"model": str(control), "mode": "dense"}
     assert {"against", "difference", "difference_stderr"} <= record.keys() & record["tasks"][0].keys()
@@ -88,6 +96,7 @@ def test_two_models_in_one_run(sparse, tiny_gguf, benchmarks, tmp_path):
     assert kept["model"] == str(control) and kept["average"] == record["against"]
     saved = (tmp_path / "a.json", "--against", tmp_path / "a.against.json", "--json")
     assert json.loads(turbo(*saved).stdout) == record
+    assert json.loads(turbo(sparse, *with_folder, "--json").stdout)["control"]["mode"] == "hf"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")

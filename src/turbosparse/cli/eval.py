@@ -29,36 +29,47 @@ class Dtype(StrEnum):
 
 _FOLDER = "Hugging Face folder"
 
+_Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A GGUF file, a Hugging Face folder, or saved scores (.json).")
+]
+_Tasks = Annotated[
+    str | None,
+    typer.Option("--tasks", metavar="A,B", help="Tasks and groups: core (default), commonsense, leaderboard."),
+]
+_DataDir = Annotated[
+    Path | None,
+    typer.Option("--data-dir", metavar="DIR", envvar="TURBOSPARSE_EVAL_DATA", help="Where the tasks' files are."),
+]
+_Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first items of every task.")]
+_Against = Annotated[
+    str | None, typer.Option("--against", metavar="CONTROL", help="Compare item by item with this one.")
+]
+_Output = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE", help="Keep every item's score; goes on by task if stopped.")
+]
+_AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Run code that the model writes: humaneval, mbpp. Only in a sandbox.")
+]
+_Batch = Annotated[
+    int | None, typer.Option("--batch", min=1, rich_help_panel=_FOLDER, help="Sequences at once. Default: 8.")
+]
+_Dtype = Annotated[Dtype | None, typer.Option("--dtype", rich_help_panel=_FOLDER, help="Default: float32.")]
+
 
 def command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A GGUF file, a Hugging Face folder, or saved scores (.json).")
-    ],
-    tasks: Annotated[
-        str | None, typer.Option("--tasks", metavar="A,B", help="Tasks and groups: core, commonsense, leaderboard.")
-    ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option("--data-dir", metavar="DIR", envvar="TURBOSPARSE_EVAL_DATA", help="Where the tasks' files are."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first items of every task.")] = None,
-    against: Annotated[
-        str | None, typer.Option("--against", metavar="CONTROL", help="Compare item by item with this one.")
-    ] = None,
-    saved: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Keep every item's score; resumes by task.")
-    ] = None,
+    model: _Model,
+    tasks: _Tasks = None,
+    data_dir: _DataDir = None,
+    limit: _Limit = None,
+    against: _Against = None,
+    saved: _Output = None,
+    allow_code: _AllowCode = False,
     mode: options.ModeOption = options.Mode.auto,
     threads: options.Threads = None,
     compute: options.ComputeOption = options.Compute.int8,
     isa: options.IsaOption = None,
-    batch: Annotated[
-        int | None, typer.Option("--batch", min=1, rich_help_panel=_FOLDER, help="Sequences at once; default 8.")
-    ] = None,
-    dtype: Annotated[Dtype | None, typer.Option("--dtype", rich_help_panel=_FOLDER, help="Default: float32.")] = None,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run code that the model writes: humaneval, mbpp. Only in a sandbox.")
-    ] = False,
+    batch: _Batch = None,
+    dtype: _Dtype = None,
     json: options.Json = False,
 ) -> None:
     """Score a model on benchmarks, with standard errors."""
@@ -67,6 +78,7 @@ def command(
     if saved is not None and saved.suffix != ".json":
         raise UserError(f"--output {saved}: give it a name that ends in .json.")
     how = _How(data_dir, limit, mode, threads, compute, isa, batch, dtype)
+    how.check([name for name in (model, against) if name is not None])
     from turbosparse.evaluate.scores import compare
     from turbosparse.evaluate.tasks import TASKS, choose
 
@@ -101,6 +113,18 @@ class _How:
     batch: int | None
     dtype: Dtype | None
 
+    def check(self, models: list[str]) -> None:
+        """Refuse an option that none of the models has a use for."""
+        named = " and ".join(models)
+        folders = [Path(name).is_dir() for name in models]
+        if self.mode is not options.Mode.auto and all(folders):
+            raise UserError(
+                f"--mode {self.mode.value}: modes are the engine's, and {named} is a folder; export it first."
+            )
+        for option, value in (("--batch", self.batch), ("--dtype", self.dtype)):
+            if value is not None and not any(folders):
+                raise UserError(f"{option} is for Hugging Face folders, and {named} is none; leave it out.")
+
     def scores(self, name: str, choices: list[Choice] | None, saved: Path | None) -> Scores:
         """The scores on these tasks (None: on all that the file `name` holds), kept in `saved` as they come."""
         from turbosparse.evaluate.scores import Scores
@@ -128,18 +152,11 @@ class _How:
         from turbosparse.evaluate.scores import Scores
 
         if Path(name).is_dir():
-            if self.mode is not options.Mode.auto:
-                raise UserError(
-                    f"--mode {self.mode.value}: modes are the engine's, and {name} is a folder; export it first."
-                )
             with extra("train"):
                 from turbosparse.evaluate.folder_lm import FolderLM
             dtype = (self.dtype or Dtype.float32).value
             settings = {"limit": self.limit, "dtype": dtype, "files": _stamp(Path(name))}
             return FolderLM(name, dtype, self.batch or 8), Scores(name, "hf", settings)
-        for option, value in (("--batch", self.batch), ("--dtype", self.dtype)):
-            if value is not None:
-                raise UserError(f"{option} is for Hugging Face folders, and {name} is none; leave it out.")
         from turbosparse.evaluate.engine_lm import EngineLM
         from turbosparse.model.resolve import resolve_gguf
 
