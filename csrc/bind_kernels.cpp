@@ -3,10 +3,12 @@
 // sizes and indices are checked here, so that a wrong call is a Python exception.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -70,7 +72,7 @@ struct PackedMatrix {
     require(rows >= 0 && cols > 0 && rows < (1 << 30) && cols < (1 << 30), "rows or columns out of range");
     require(!blocked || cols % kBlock == 0, "columns of a blocked type must be a multiple of 32");
     view = kernels.layout(weight, rows, cols, nullptr);
-    require(static_cast<int64_t>(source.size()) == rows * view.row_bytes(), "source has the wrong number of bytes");
+    require(static_cast<int64_t>(source.size()) == rows * view.row_bytes, "source has the wrong number of bytes");
     const auto bytes = static_cast<size_t>(kernels.packed_bytes(weight, rows, cols));
     storage = Mapping(bytes);
     view = kernels.layout(weight, rows, cols, storage.data());
@@ -86,31 +88,47 @@ struct PackedMatrix {
 
 // Vectors as the engine hands them to the kernels; keeps what it points to.
 struct PreparedVectors {
-  In<float, 2> x;
-  std::vector<int8_t> q;
-  std::vector<float> scale;
-  std::vector<int32_t> sum;
+  // One term of int8 blocks.
+  struct Term {
+    In<float, 2> x;
+    std::vector<int8_t> q;
+    std::vector<float> scale;
+    std::vector<int32_t> sum;
+    Vectors view;
+
+    Term(const Kernels& kernels, In<float, 2> values, bool int8) : x(values) {
+      const auto count = static_cast<int64_t>(x.shape(0));
+      const auto cols = static_cast<int64_t>(x.shape(1));
+      view = Vectors{.count = count, .cols = cols, .x = x.data()};
+      if (!int8) return;
+      require(cols % kBlock == 0, "int8 vectors need a multiple of 32 columns");
+      const int64_t blocks = cols / kBlock;
+      q.resize(static_cast<size_t>(count * cols));
+      scale.resize(static_cast<size_t>(count * blocks));
+      sum.resize(static_cast<size_t>(count * blocks));
+      for (int64_t v = 0; v < count; ++v) {
+        kernels.quantize(x.data() + v * cols, cols, q.data() + v * cols, scale.data() + v * blocks,
+                         sum.data() + v * blocks);
+      }
+      view.q = q.data();
+      view.scale = scale.data();
+      view.sum = sum.data();
+    }
+  };
+  Term first;
+  std::optional<Term> rest;
   Vectors view;
 
-  PreparedVectors(const std::string& isa, In<float, 2> values, bool int8) : x(values) {
-    const Kernels& kernels = kernels_of(isa);
-    const auto count = static_cast<int64_t>(x.shape(0));
-    const auto cols = static_cast<int64_t>(x.shape(1));
-    view = Vectors{.count = count, .cols = cols, .x = x.data()};
-    if (!int8) return;
-    require(cols % kBlock == 0, "int8 vectors need a multiple of 32 columns");
-    const int64_t blocks = cols / kBlock;
-    q.resize(static_cast<size_t>(count * cols));
-    scale.resize(static_cast<size_t>(count * blocks));
-    sum.resize(static_cast<size_t>(count * blocks));
-    for (int64_t v = 0; v < count; ++v) {
-      kernels.quantize(x.data() + v * cols, cols, q.data() + v * cols, scale.data() + v * blocks,
-                       sum.data() + v * blocks);
-    }
-    view.q = q.data();
-    view.scale = scale.data();
-    view.sum = sum.data();
+  PreparedVectors(const std::string& isa, In<float, 2> values, bool int8, std::optional<In<float, 2>> second)
+      : first(kernels_of(isa), values, int8), view(first.view) {
+    if (!second) return;
+    require(int8, "a second term is for int8 vectors");
+    require(second->shape(0) == values.shape(0) && second->shape(1) == values.shape(1), "the terms differ in shape");
+    rest.emplace(kernels_of(isa), *second, true);
+    view.rest = &rest->view;
   }
+  PreparedVectors(const PreparedVectors&) = delete;
+  PreparedVectors& operator=(const PreparedVectors&) = delete;
 };
 
 Out<float> dot(const PackedMatrix& w, const PreparedVectors& x, int64_t first, int64_t last) {
@@ -123,8 +141,7 @@ Out<float> dot(const PackedMatrix& w, const PreparedVectors& x, int64_t first, i
     nb::gil_scoped_release release;
     // The kernel indexes rows of the matrix; a view that begins at `first` makes its output begin there too.
     Matrix view = w.view;
-    view.values += first * view.value_stride;
-    if (view.scales) view.scales += first * view.scale_stride;
+    view.values += first * view.row_bytes;
     view.rows = last - first;
     w.kernels.dot(view, 0, last - first, x.view, out.get(), last - first);
   }
@@ -209,7 +226,7 @@ void bind(nb::module_& module) {
   nb::class_<PackedMatrix>(m, "Matrix")
       .def(nb::init<const std::string&, int, int64_t, int64_t, In<uint8_t, 1>>(), "isa"_a, "type"_a, "rows"_a, "cols"_a,
            "source"_a)
-      .def_prop_ro("row_bytes", [](const PackedMatrix& w) { return w.view.row_bytes(); })
+      .def_prop_ro("row_bytes", [](const PackedMatrix& w) { return w.view.row_bytes; })
       .def_prop_ro("rows", [](const PackedMatrix& w) { return w.view.rows; })
       .def_prop_ro("cols", [](const PackedMatrix& w) { return w.view.cols; })
       .def("dot", dot, "x"_a, "first"_a, "last"_a)
@@ -217,7 +234,8 @@ void bind(nb::module_& module) {
       .def("axpy_listed", axpy_listed, "rows"_a, "coefficient"_a, "y"_a)
       .def("decode_row", decode_row, "row"_a);
   nb::class_<PreparedVectors>(m, "Vectors")
-      .def(nb::init<const std::string&, In<float, 2>, bool>(), "isa"_a, "x"_a, "int8"_a);
+      .def(nb::init<const std::string&, In<float, 2>, bool, std::optional<In<float, 2>>>(), "isa"_a, "x"_a, "int8"_a,
+           "rest"_a = nb::none());
   m.def("quantize", quantize, "isa"_a, "x"_a);
   m.def("positive", positive, "isa"_a, "x"_a);
   m.def(

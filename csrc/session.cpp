@@ -17,8 +17,6 @@
 namespace turbosparse {
 namespace {
 
-constexpr int64_t kRestRows = 32;  // rows multiplied by both halves of an input before the next ones
-
 // left = x - scale * q: what quantisation lost.
 void take_quantised_off(const float* x, const int8_t* q, const float* scale, int64_t blocks, float* left) {
   for (int64_t begin = 0; begin < blocks;) {
@@ -91,7 +89,6 @@ Session::Session(std::shared_ptr<Model> model, int64_t context)
   for (Scratch& s : scratch_) {
     s.input.resize(1, widest);
     s.rest.resize(1, widest);
-    s.rest_product.resize(std::max(n * kRestRows, model_->neuron_block()));
     s.scores.resize(config_.heads / config_.kv_heads * context_);
     s.gate.resize(n * model_->neuron_block());
     s.up.resize(n * model_->neuron_block());
@@ -133,7 +130,7 @@ void Session::block(const Pass& pass) {
   if (!pass.decode) return;
   Traffic& traffic = model_->traffic();
   traffic.tokens += 1;
-  traffic.bytes += model_->embedding().row_bytes();
+  traffic.bytes += model_->embedding().row_bytes;
   for (const Scratch& s : scratch_) {
     traffic.bytes += s.traffic.bytes;
     traffic.active_neurons += s.traffic.active_neurons;
@@ -213,31 +210,14 @@ Session::Inputs Session::normed(Member& member, int64_t n, const float* weight, 
 
 void Session::product(Scratch& scratch, const Matrix& w, int64_t first, int64_t last, const Inputs& x, float* out,
                       int64_t stride) {
-  scratch.traffic.bytes += (last - first) * w.row_bytes();
-  if (x.rest.count == 0) {
-    kernels_.dot(w, first, last, x.values, out, stride);
-    return;
-  }
-  // A few rows at a time, so that their second use finds them in the cache.
-  for (int64_t row = first; row < last; row += kRestRows) {
-    const int64_t end = std::min(row + kRestRows, last);
-    float* rest = scratch.rest_product.data();
-    kernels_.dot(w, row, end, x.values, out, stride);
-    kernels_.dot(w, row, end, x.rest, rest - row, kRestRows);
-    for (int64_t v = 0; v < x.values.count; ++v) {
-      for (int64_t r = row; r < end; ++r) out[v * stride + r] += rest[v * kRestRows + r - row];
-    }
-  }
+  scratch.traffic.bytes += (last - first) * w.row_bytes;
+  kernels_.dot(w, first, last, x.both(), out, stride);
 }
 
 // The rows in scratch.active of w by one vector, into scratch.coefficient.
 void Session::listed_product(Scratch& scratch, const Matrix& w, int64_t n, const Inputs& x, int64_t vector) {
-  scratch.traffic.bytes += n * w.row_bytes();
-  kernels_.dot_listed(w, scratch.active.data(), n, x.values, vector, scratch.coefficient.data());
-  if (x.rest.count == 0) return;
-  float* rest = scratch.rest_product.data();
-  kernels_.dot_listed(w, scratch.active.data(), n, x.rest, vector, rest);
-  for (int64_t i = 0; i < n; ++i) scratch.coefficient[i] += rest[i];
+  scratch.traffic.bytes += n * w.row_bytes;
+  kernels_.dot_listed(w, scratch.active.data(), n, x.both(), vector, scratch.coefficient.data());
 }
 
 void Session::multiply(Member& member, const Matrix& w, const Inputs& x, float* out, int64_t stride) {
@@ -280,8 +260,8 @@ Matrix Session::cached(const Mapping& cache, int64_t layer, int64_t kv_head) con
   m.type = element_bytes_ == 4 ? WeightType::f32 : WeightType::f16;
   m.rows = context_;
   m.cols = config_.head_dim;
-  m.value_stride = config_.head_dim * element_bytes_;
-  m.values = cache.data() + (layer * config_.kv_heads + kv_head) * context_ * m.value_stride;
+  m.row_bytes = config_.head_dim * element_bytes_;
+  m.values = cache.data() + (layer * config_.kv_heads + kv_head) * context_ * m.row_bytes;
   return m;
 }
 
@@ -499,7 +479,7 @@ void Session::neuron_block(Scratch& s, const Pass& pass, int64_t index, int64_t 
     float* partial = &partial_[(block * kPrefillBlock + t) * d];
     std::fill(partial, partial + d, 0.0f);
     kernels_.axpy_listed(layer.down, s.active.data(), s.coefficient.data(), listed, partial);
-    s.traffic.bytes += listed * layer.down.row_bytes();
+    s.traffic.bytes += listed * layer.down.row_bytes;
   }
 }
 

@@ -45,11 +45,16 @@ class Session {
   // what the first one left: x = values + rest, to some 15 bits. `rest.count` is 0 where it is not needed.
   struct Inputs {
     Vectors values, rest;
+    Vectors both() const {
+      Vectors v = values;
+      if (rest.count > 0) v.rest = &rest;
+      return v;
+    }
   };
   // What a member needs for itself.
   struct Scratch {
     Prepared input, rest;
-    std::vector<float> scores, gate, up, coefficient, rest_product;
+    std::vector<float> scores, gate, up, coefficient;
     std::vector<int32_t> open, active;
     Traffic traffic;
   };

@@ -14,6 +14,8 @@ namespace {
 struct Avx2 {
   static constexpr const char* kIsa = "avx2";
   static constexpr int kLanes = 8;
+  static constexpr int kWideRows = 2;  // rows and int8 vectors of a tile whose sums stay in 16 registers
+  static constexpr int kVectors = 4;
   static constexpr int64_t kQ8Bias = 0;  // dot_bytes takes the 128 off before it multiplies
   static constexpr int64_t kQ4Bias = kQ4Offset;
   using F = __m256;
@@ -136,19 +138,16 @@ struct Avx2 {
     return _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_loadu_si16(p)));
   }
 
-  // Nibble kIndex of each dword, less 8.
-  template <int kIndex, int kBytes>
-  static F nibble(const std::byte* dwords) {
-    const I shifted = _mm256_srli_epi32(load_bytes<kBytes>(dwords), 4 * kIndex);
-    const I value = _mm256_and_si256(shifted, _mm256_set1_epi32(15));
-    return _mm256_sub_ps(_mm256_cvtepi32_ps(value), _mm256_set1_ps(static_cast<float>(kQ4Offset)));
+  // The bits kMask of each dword, less kOffset: they become the last bits of a float of 2^23.
+  template <int32_t kMask, int32_t kOffset>
+  static F field(I dwords) {
+    const I bits = _mm256_and_si256(dwords, _mm256_set1_epi32(kMask));
+    const I mixed = _mm256_or_si256(bits, _mm256_set1_epi32(0x4b000000));
+    return _mm256_sub_ps(_mm256_castsi256_ps(mixed), _mm256_set1_ps(0x1p23f + static_cast<float>(kOffset)));
   }
-  // Byte kIndex of each dword, less 128.
-  template <int kIndex, int kBytes>
-  static F byte(const std::byte* dwords) {
-    const I shifted = _mm256_srli_epi32(load_bytes<kBytes>(dwords), 8 * kIndex);
-    const I value = _mm256_and_si256(shifted, _mm256_set1_epi32(255));
-    return _mm256_sub_ps(_mm256_cvtepi32_ps(value), _mm256_set1_ps(static_cast<float>(kQ8Offset)));
+  template <int kBits>
+  static I shift_right(I x) {
+    return _mm256_srli_epi32(x, kBits);
   }
 
   static void transpose(F (&r)[8]) {
@@ -207,7 +206,7 @@ struct Avx2 {
     return count;
   }
 
-  static void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
  private:
   static F widen_bf16(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }

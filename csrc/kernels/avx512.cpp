@@ -18,6 +18,8 @@ namespace {
 struct Avx512 {
   static constexpr const char* kIsa = "avx512";
   static constexpr int kLanes = 16;
+  static constexpr int kWideRows = 4;  // rows and int8 vectors of a tile whose sums stay in 32 registers
+  static constexpr int kVectors = 4;
   static constexpr int64_t kQ8Bias = kQ8Offset;  // the unsigned byte is multiplied as stored; `sum` takes its 128 back
   static constexpr int64_t kQ4Bias = kQ4Offset;
   using F = __m512;
@@ -133,19 +135,19 @@ struct Avx512 {
     return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_loadu_si16(p)));
   }
 
-  // Nibble kIndex of each dword as a signed number: a look-up by the low four bits of a lane. (Loading from the
-  // nibble's own byte would save shifts, but three of four such loads cross cache lines: measured slower by some 5 %.)
-  template <int kIndex, int kBytes>
-  static F nibble(const std::byte* dwords) {
-    const F table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(load_bytes<kBytes>(dwords), 4 * kIndex), table);
+  // The bits kMask of each dword, less kOffset: they become the last bits of a float of 2^23.
+  template <int32_t kMask, int32_t kOffset>
+  static F field(I dwords) {
+    if constexpr (kMask == 15) {  // a look-up by the low four bits of a lane
+      const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      return _mm512_permutexvar_ps(dwords, _mm512_sub_ps(table, _mm512_set1_ps(static_cast<float>(kOffset))));
+    }
+    const I mixed = _mm512_ternarylogic_epi32(dwords, _mm512_set1_epi32(kMask), _mm512_set1_epi32(0x4b000000), 0xea);
+    return _mm512_sub_ps(_mm512_castsi512_ps(mixed), _mm512_set1_ps(0x1p23f + static_cast<float>(kOffset)));
   }
-  // Byte kIndex of each dword, less 128: the byte becomes the last bits of a float of 2^23.
-  template <int kIndex, int kBytes>
-  static F byte(const std::byte* dwords) {
-    const I bytes = _mm512_srli_epi32(load_bytes<kBytes>(dwords), 8 * kIndex);
-    const I mixed = _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi32(255), _mm512_set1_epi32(0x4b000000), 0xea);
-    return _mm512_sub_ps(_mm512_castsi512_ps(mixed), _mm512_set1_ps(0x1p23f + static_cast<float>(kQ8Offset)));
+  template <int kBits>
+  static I shift_right(I x) {
+    return _mm512_srli_epi32(x, kBits);
   }
 
   static void transpose(F (&r)[16]) {
@@ -203,7 +205,7 @@ struct Avx512 {
     return count;
   }
 
-  static void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
  private:
   static F widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }

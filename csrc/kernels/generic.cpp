@@ -64,7 +64,7 @@ Group group_of(int64_t block, int64_t blocks) {
 // The quants of block `block` of a row, in the order of columns.
 void decode_block(WeightType type, const std::byte* row, int64_t blocks, int64_t block, int32_t* q) {
   const Group group = group_of(block, blocks);
-  const std::byte* values = row + group.begin * block_bytes(type);
+  const std::byte* values = row + group.begin * scaled_block_bytes(type) + group.size * kScaleBytes;
   for (int64_t i = 0; i < block_bytes(type); ++i) {
     const int32_t byte = std::to_integer<int32_t>(values[byte_in_group(group.size, block - group.begin, i)]);
     if (type == WeightType::q8_0) {
@@ -76,19 +76,20 @@ void decode_block(WeightType type, const std::byte* row, int64_t blocks, int64_t
   }
 }
 
-float block_scale(const Matrix& w, int64_t row, int64_t block) {
-  return f16_to_f32(read<uint16_t>(w.scales + row * w.scale_stride, block));
+float block_scale(WeightType type, const std::byte* row, int64_t blocks, int64_t block) {
+  const Group group = group_of(block, blocks);
+  return f16_to_f32(read<uint16_t>(row + group.begin * scaled_block_bytes(type), block - group.begin));
 }
 
 // Calls visit(block, scale, quants) for each block of a row in turn.
 template <class Visit>
 void for_each_block(const Matrix& w, int64_t row, Visit visit) {
-  const std::byte* values = w.values + row * w.value_stride;
+  const std::byte* values = w.values + row * w.row_bytes;
   const int64_t blocks = w.cols / kBlock;
   for (int64_t block = 0; block < blocks; ++block) {
     int32_t quants[kBlock];
     decode_block(w.type, values, blocks, block, quants);
-    visit(block, block_scale(w, row, block), quants);
+    visit(block, block_scale(w.type, values, blocks, block), quants);
   }
 }
 
@@ -105,11 +106,11 @@ float dot_blocked(const Matrix& w, int64_t row, const Vectors& x, int64_t v) {
   const int64_t blocks = w.cols / kBlock;
   float total = 0;
   for_each_block(w, row, [&](int64_t block, float scale, const int32_t* quants) {
-    if (x.q) {
-      const int32_t sum = integer_dot(quants, x.q + v * x.cols, blocks, block);
-      total += static_cast<float>(sum) * (scale * x.scale[v * blocks + block]);
-      return;
+    for (const Vectors* term = x.q ? &x : nullptr; term; term = term->rest) {
+      const int32_t sum = integer_dot(quants, term->q + v * x.cols, blocks, block);
+      total += static_cast<float>(sum) * (scale * term->scale[v * blocks + block]);
     }
+    if (x.q) return;
     const float* values = x.x + v * x.cols + block * kBlock;
     for (int64_t i = 0; i < kBlock; ++i) total += scale * static_cast<float>(quants[i]) * values[i];
   });
@@ -118,7 +119,7 @@ float dot_blocked(const Matrix& w, int64_t row, const Vectors& x, int64_t v) {
 
 float dot_row(const Matrix& w, int64_t row, const Vectors& x, int64_t v) {
   if (is_blocked(w.type)) return dot_blocked(w, row, x, v);
-  const std::byte* values = w.values + row * w.value_stride;
+  const std::byte* values = w.values + row * w.row_bytes;
   float total = 0;
   for (int64_t c = 0; c < w.cols; ++c) total += plain_value(w.type, values, c) * x.x[v * x.cols + c];
   return total;
@@ -136,7 +137,7 @@ void dot_listed(const Matrix& w, const int32_t* rows, int64_t n, const Vectors& 
 
 void axpy_row(const Matrix& w, int64_t row, float coefficient, float* y) {
   if (!is_blocked(w.type)) {
-    const std::byte* values = w.values + row * w.value_stride;
+    const std::byte* values = w.values + row * w.row_bytes;
     for (int64_t c = 0; c < w.cols; ++c) y[c] += coefficient * plain_value(w.type, values, c);
     return;
   }
@@ -152,7 +153,7 @@ void axpy_listed(const Matrix& w, const int32_t* rows, const float* coefficient,
 
 void decode_row(const Matrix& w, int64_t row, float* out) {
   if (!is_blocked(w.type)) {
-    const std::byte* values = w.values + row * w.value_stride;
+    const std::byte* values = w.values + row * w.row_bytes;
     for (int64_t c = 0; c < w.cols; ++c) out[c] = plain_value(w.type, values, c);
     return;
   }

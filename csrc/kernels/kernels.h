@@ -17,23 +17,20 @@ enum class WeightType : int { f32 = 0, f16 = 1, q4_0 = 2, q8_0 = 8, bf16 = 30 };
 // Quantised types hold blocks of 32 consecutive columns under one scale.
 inline constexpr int64_t kBlock = 32;
 
-// A weight matrix [rows, cols] in the layout that kernels of `isa` read, made by Kernels::pack. Rows are contiguous (a
-// neuron can be skipped); quants and scales lie apart, so that both can be read with aligned, full-width loads.
+// A weight matrix [rows, cols] in the layout that kernels of `isa` read, made by Kernels::pack. A row is one run of
+// bytes: a neuron can be skipped, and rows in order are one stream, which is what memory serves fastest.
 struct Matrix {
   WeightType type = WeightType::f32;
   int64_t rows = 0;
   int64_t cols = 0;
-  const std::byte* values = nullptr;  // weights; row r begins at values + r * value_stride
-  int64_t value_stride = 0;           // bytes
-  const std::byte* scales =
-      nullptr;               // block scales (float16); row r begins at scales + r * scale_stride; null if unscaled
-  int64_t scale_stride = 0;  // bytes
-
-  int64_t row_bytes() const { return value_stride + scale_stride; }  // what reading a row costs
+  const std::byte* values = nullptr;  // row r begins at values + r * row_bytes
+  int64_t row_bytes = 0;              // what reading a row costs
 };
 
 // Vectors [count, cols] (the activations), prepared once for all matrices that multiply them. `q` is null where
-// everything is computed in fp32 (`--compute f32`); types without blocks read `x` in either case.
+// everything is computed in fp32 (`--compute f32`); types without blocks read `x` in either case. `rest`, if not null,
+// is what the int8 blocks lost, as int8 blocks again: then x = q * scale + rest to some 15 bits, and both terms are
+// multiplied in one pass over the weights.
 struct Vectors {
   int64_t count = 0;
   int64_t cols = 0;
@@ -41,7 +38,8 @@ struct Vectors {
   const int8_t* q = nullptr;     // [count, cols]      x = q * scale, symmetric, one scale a block of 32; made by
                                  // Kernels::quantize, in the kernels' own order of columns (pack.h)
   const float* scale = nullptr;  // [count, cols / 32]
-  const int32_t* sum = nullptr;  // [count, cols / 32]  sum of q over the block: undoes Q4_0's offset of 8
+  const int32_t* sum = nullptr;  // [count, cols / 32]  sum of q over the block: undoes the weights' offset
+  const Vectors* rest = nullptr;
 };
 
 struct Kernels {

@@ -2,10 +2,14 @@
 // The layout of packed matrices, which all instruction sets share.
 //
 // Rows of f32, f16 and bf16 are kept as they are. Rows of q4_0 and q8_0 are cut into groups of 16 blocks, and what is
-// left into groups of 8, 4, 2 and 1 (576 columns are 18 blocks: 16 + 2). A block's bytes, 16 of q4_0 or 32 of q8_0, are
-// 4 or 8 dwords; a group stores the first dword of each of its blocks, then the second of each, and so on:
+// left into groups of 8, 4, 2 and 1 (576 columns are 18 blocks: 16 + 2). A group begins with the float16 scales of its
+// blocks. A block's bytes, 16 of q4_0 or 32 of q8_0, are 4 or 8 dwords; after the scales come the first dword of each
+// of the blocks, then the second of each, and so on:
 //
-//     dword d of block b of a group of g lies at 4 * (d * g + b)
+//     dword d of block b of a group of g lies at 4 * (d * g + b) behind the scales
+//
+// Everything is read in the order in which it lies: with the scales elsewhere, a stream of its own in the same pages
+// took a third of the speed of reading from memory.
 //
 // So a 64-byte load gives 16 blocks one dword each, integer dot products sum four columns inside a dword, and a lane
 // meets one block only: all dwords of a block add up in its lane, and one multiplication with the vector of 16 block
@@ -33,8 +37,11 @@ void pack(const Matrix& into, std::byte* storage, int64_t first, int64_t last, c
 
 static constexpr bool is_blocked(WeightType type) { return type == WeightType::q4_0 || type == WeightType::q8_0; }
 
-// Bytes of 32 columns of a blocked type without their scale.
+inline constexpr int64_t kScaleBytes = 2;  // float16
+
+// Bytes of 32 columns of a blocked type without their scale, and with it.
 static constexpr int64_t block_bytes(WeightType type) { return type == WeightType::q4_0 ? kBlock / 2 : kBlock; }
+static constexpr int64_t scaled_block_bytes(WeightType type) { return kScaleBytes + block_bytes(type); }
 
 // Blocks of the group that begins where `left` blocks of the row are left: 16, or the largest power of two that fits.
 [[maybe_unused]] static constexpr int64_t group_size(int64_t left) {
@@ -44,7 +51,7 @@ static constexpr int64_t block_bytes(WeightType type) { return type == WeightTyp
   return 1;
 }
 
-// Where byte `byte` of block `block` lies in a group of `group` blocks.
+// Where byte `byte` of block `block` lies in a group of `group` blocks, behind their scales.
 [[maybe_unused]] static constexpr int64_t byte_in_group(int64_t group, int64_t block, int64_t byte) {
   return 4 * (byte / 4 * group + block) + byte % 4;
 }

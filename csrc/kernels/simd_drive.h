@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Cuts a product into tiles of rows and vectors. A tile is a class with
 //
-//     kVectors, kWideRows              its largest number of vectors, and of rows beside more than one vector
+//     kWideRows, kVectors              its largest number of rows and of vectors where there are several vectors
 //     Input<N>(w, x, v)                vectors v to v + N of x, made ready once for many rows
-//     run<R, N>(w, rows, ahead, input, out, stride)    out[n * stride + r] = <row r, vector n of input>
+//     run<R, N>(w, rows, fetch, input, out, stride)    out[n * stride + r] = <row r, vector n of input>
 //
-// which gives an element the same bits in a tile of any size. One vector meets four rows at once (they share its loads
-// and hide each other's latency); `ahead` are the rows to fetch into the cache meanwhile.
+// which gives an element the same bits in a tile of any size. `fetch` is told how many bytes of each row are in work,
+// and fetches as many of later rows into the cache.
 #pragma once
 
 #include "pack.h"
@@ -23,62 +23,72 @@ namespace turbosparse {
 template <int R>
 struct Rows {
   const std::byte* values[R];
-  const std::byte* scales[R];
 
   Rows(const Matrix& w, const int32_t* list) {
-    for (int r = 0; r < R; ++r) set(w, r, list[r]);
+    for (int r = 0; r < R; ++r) values[r] = w.values + list[r] * w.row_bytes;
   }
   Rows(const Matrix& w, int64_t first) {
-    for (int r = 0; r < R; ++r) set(w, r, first + r);
-  }
-
- private:
-  void set(const Matrix& w, int r, int64_t row) {
-    values[r] = w.values + row * w.value_stride;
-    scales[r] = w.scales + row * w.scale_stride;
+    for (int r = 0; r < R; ++r) values[r] = w.values + (first + r) * w.row_bytes;
   }
 };
 
+// One vector meets short rows four at a time (they share its loads and the end of their sums), long ones one after the
+// other: memory serves one stream faster than four.
 inline constexpr int kTallRows = 4;
-inline constexpr int64_t kAheadBytes = 4096;        // how far ahead of a range's rows the cache is filled
+inline constexpr int64_t kLongRow = 1024;           // bytes
 inline constexpr int64_t kBlockBytes = 256 * 1024;  // rows that stay in the second-level cache over all vectors
 
-// Which listed rows to fetch into the cache while others are in work: those some kilobytes further down the list, which
-// covers the memory's latency. The processor's own prefetcher does not foresee a list.
-template <class S>
-class Lookahead {
- public:
-  Lookahead(const Matrix& w, const int32_t* rows, int64_t n) : w_(w), rows_(rows), n_(n) {
-    const int64_t fit = kBytes / w.row_bytes() / kTallRows * kTallRows;
-    distance_ = fit > kTallRows ? fit : kTallRows;
-    for (int64_t i = 0; i < distance_ && i < n; ++i) {
-      fetch(w.values + rows[i] * w.value_stride, w.value_stride);
-      fetch_scales(i);
-    }
-  }
+// Rows in order: the processor foresees them.
+struct NoFetch {
+  void operator()(int64_t) const {}
+};
 
-  // The rows to fetch during the four from place i on. Their scales are requested at once; their values are left to the
-  // caller, who spreads them over its work, since a core waits for no more than some ten lines at a time.
-  Rows<kTallRows> after(int64_t i) const {
-    const int64_t next = i + distance_ + kTallRows <= n_ ? i + distance_ : i;
-    if (next != i) {
-      for (int r = 0; r < kTallRows; ++r) fetch_scales(next + r);
+// Rows of a list it does not foresee. These are fetched while others are in work, into the second-level cache, which
+// waits for more lines at a time than the first, and row by row: the rows in work are read side by side.
+template <class S, int R>
+class FetchRows {
+ public:
+  FetchRows(const Rows<R>& rows, int64_t bytes) : rows_(rows), bytes_(bytes) {}
+
+  // `bytes` of each row are in work now; fetch as many.
+  TS_INLINE void operator()(int64_t bytes) {
+    for (due_ += R * bytes; due_ > 0 && row_ < R; due_ -= 64) {
+      S::prefetch(rows_.values[row_] + byte_);
+      byte_ += 64;
+      if (byte_ >= bytes_) byte_ = 0, ++row_;
     }
-    return Rows<kTallRows>(w_, rows_ + next);
   }
 
  private:
-  static constexpr int64_t kBytes = 4096;
+  Rows<R> rows_;
+  int64_t bytes_, byte_ = 0, due_ = 0;
+  int row_ = 0;
+};
 
-  static void fetch(const std::byte* from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) S::prefetch(from + i);
+// Which listed rows to fetch, of each `bytes` from `first` on.
+template <class S>
+class Lookahead {
+ public:
+  Lookahead(const Matrix& w, const int32_t* rows, int64_t n, int64_t first, int64_t bytes)
+      : w_(w), rows_(rows), n_(n), bytes_(bytes) {
+    w_.values += first;
+    for (int64_t i = 0; i < kDistance && i < n; ++i) {
+      for (int64_t byte = 0; byte < bytes; byte += 64) S::prefetch(w_.values + rows[i] * w_.row_bytes + byte);
+    }
   }
-  void fetch_scales(int64_t i) const { fetch(w_.scales + rows_[i] * w_.scale_stride, w_.scale_stride); }
 
-  const Matrix& w_;
+  // Those for while the R rows from place i on are in work; at the end of the list these themselves.
+  template <int R>
+  FetchRows<S, R> after(int64_t i) const {
+    return {Rows<R>(w_, rows_ + (i + kDistance + R <= n_ ? i + kDistance : i)), bytes_};
+  }
+
+ private:
+  static constexpr int64_t kDistance = 2 * kTallRows;  // covers the memory's latency
+
+  Matrix w_;
   const int32_t* rows_;
-  int64_t n_;
-  int64_t distance_;
+  int64_t n_, bytes_;
 };
 
 // N fp32 vectors, read where they are.
@@ -106,22 +116,29 @@ static TS_INLINE inline void store_sums(const typename S::F (&total)[R][N], floa
   }
 }
 
+// Rows [first, last) times the N vectors of `input`, R rows at a time.
+template <class Tile, int R, int N>
+static void dot_rows(const Matrix& w, int64_t first, int64_t last, const typename Tile::template Input<N>& input,
+                     float* out, int64_t stride) {
+  int64_t row = first;
+  for (; row + R <= last; row += R) {
+    Tile::template run<R, N>(w, Rows<R>(w, row), NoFetch{}, input, out + row, stride);
+  }
+  if constexpr (R > 1) dot_rows<Tile, 1, N>(w, row, last, input, out, stride);
+}
+
 // Rows [first, last) times N vectors from v on.
 template <class Tile, int N>
 static void dot_vectors(const Matrix& w, int64_t first, int64_t last, const Vectors& x, int64_t v, float* out,
                         int64_t stride) {
-  constexpr int kRows = N == 1 ? kTallRows : Tile::kWideRows;
   const typename Tile::template Input<N> input(w, x, v);
-  const int64_t distance = kRows + kAheadBytes / w.row_bytes();
-  int64_t row = first;
-  for (; row + kRows <= last; row += kRows) {
-    const int64_t far = row + distance;
-    const int64_t next = far + kRows <= last ? far : row;
-    Tile::template run<kRows, N>(w, Rows<kRows>(w, row), Rows<kRows>(w, next), input, out + v * stride + row, stride);
-  }
-  for (; row < last; ++row) {
-    const Rows<1> rows(w, row);
-    Tile::template run<1, N>(w, rows, rows, input, out + v * stride + row, stride);
+  out += v * stride;
+  if constexpr (N > 1) {
+    dot_rows<Tile, Tile::kWideRows, N>(w, first, last, input, out, stride);
+  } else if (w.row_bytes > kLongRow) {
+    dot_rows<Tile, 1, 1>(w, first, last, input, out, stride);
+  } else {
+    dot_rows<Tile, kTallRows, 1>(w, first, last, input, out, stride);
   }
 }
 
@@ -140,26 +157,23 @@ static void dot_range(const Matrix& w, int64_t first, int64_t last, const Vector
     dot_vectors<Tile, 1>(w, first, last, x, 0, out, stride);
     return;
   }
-  const int64_t fit = kBlockBytes / w.row_bytes() / kTallRows * kTallRows;
+  const int64_t fit = kBlockBytes / w.row_bytes / kTallRows * kTallRows;
   const int64_t step = fit > kTallRows ? fit : kTallRows;
   for (int64_t row = first; row < last; row += step) {
     dot_tail<Tile, Tile::kVectors>(w, row, row + step < last ? row + step : last, x, 0, out, stride);
   }
 }
 
-template <class Tile>
+template <class S, class Tile>
 static void dot_list(const Matrix& w, const int32_t* rows, int64_t n, const Vectors& x, int64_t v, float* out) {
   const typename Tile::template Input<1> input(w, x, v);
+  const Lookahead<S> ahead(w, rows, n, 0, w.row_bytes);
   int64_t i = 0;
   for (; i + kTallRows <= n; i += kTallRows) {
     const Rows<kTallRows> now(w, rows + i);
-    const Rows<kTallRows> next(w, i + 2 * kTallRows <= n ? rows + i + kTallRows : rows + i);
-    Tile::template run<kTallRows, 1>(w, now, next, input, out + i, 0);
+    Tile::template run<kTallRows, 1>(w, now, ahead.template after<kTallRows>(i), input, out + i, 0);
   }
-  for (; i < n; ++i) {
-    const Rows<1> now(w, rows + i);
-    Tile::template run<1, 1>(w, now, now, input, out + i, 0);
-  }
+  for (; i < n; ++i) Tile::template run<1, 1>(w, Rows<1>(w, rows + i), NoFetch{}, input, out + i, 0);
 }
 
 }  // namespace turbosparse

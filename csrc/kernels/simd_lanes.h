@@ -5,6 +5,9 @@
 // Weights leave their dwords in *lane order*: weight k of a dword (nibble k, or byte k) of all dwords, then weight k
 // + 1. In that order a lane belongs to one block, so the scales of 16 blocks multiply as they lie. axpy keeps y in lane
 // order over all its rows and turns it back at the end.
+//
+// A weight becomes a float where it lies in its dword, as the last bits of a float of 2^23: it comes out times a power
+// of two, and y in lane order is times the same power. A shift for each weight would cost as much as its product.
 #pragma once
 
 #include <cstring>
@@ -40,29 +43,38 @@ struct Group {
   static constexpr int kLoads = kFlat ? kDwords * G / kWidth : kDwords;
   static constexpr int kStep = kFlat ? kWidth : G;  // dwords from one load to the next
   static constexpr int kScales = kFlat ? G : kLanes;
+  static constexpr int64_t kLoadBytes = G * scaled_block_bytes(kType) / (kParts * kLoads);  // scales included
+  static constexpr int kBits = 32 / kWeights;
+  static constexpr int kLow = 20 / kBits;  // weights that lie within the mantissa of a float of 2^23
+  static constexpr int32_t kOffset = kType == WeightType::q4_0 ? kQ4Offset : kQ8Offset;
 
   static TS_INLINE typename S::I load(const std::byte* row, int64_t block, int part, int i) {
-    return S::template load_bytes<4 * kWidth>(row + block * block_bytes(kType) + 4 * (part * kLanes + i * kStep));
+    const std::byte* dwords = row + block * scaled_block_bytes(kType) + G * kScaleBytes;
+    return S::template load_bytes<4 * kWidth>(dwords + 4 * (part * kLanes + i * kStep));
   }
-  static TS_INLINE typename S::F scales(const std::byte* row_scales, int64_t block, int part) {
-    return S::template repeat_f16<kScales>(row_scales + 2 * (block + part * kLanes));
+  static TS_INLINE typename S::F scales(const std::byte* row, int64_t block, int part) {
+    return S::template repeat_f16<kScales>(row + block * scaled_block_bytes(kType) + kScaleBytes * part * kLanes);
   }
   // Where weight k of load i lies in lane order.
   static constexpr int lane(int part, int i, int k) { return k * kDwords * G + i * kStep + part * kLanes; }
 
-  // Weight kIndex of each dword of load i.
+  // Weight kIndex of each dword, times 2^shift(kIndex).
   template <int kIndex>
-  static TS_INLINE typename S::F weight(const std::byte* row, int64_t block, int part, int i) {
-    const std::byte* dwords = row + block * block_bytes(kType) + 4 * (part * kLanes + i * kStep);
-    if constexpr (kType == WeightType::q4_0) return S::template nibble<kIndex, 4 * kWidth>(dwords);
-    if constexpr (kType == WeightType::q8_0) return S::template byte<kIndex, 4 * kWidth>(dwords);
+  static TS_INLINE typename S::F weight(typename S::I dwords, typename S::I high) {
+    constexpr int kShift = shift(kIndex);
+    constexpr int32_t kMask = (kBits == 4 ? 15 : 255) << kShift;
+    return S::template field<kMask, kOffset << kShift>(kIndex < kLow ? dwords : high);
   }
+  // The dwords whose first weight is weight kLow: what does not fit a float's mantissa is moved down.
+  static TS_INLINE typename S::I high(typename S::I dwords) { return S::template shift_right<kLow * kBits>(dwords); }
+  static constexpr int shift(int k) { return (k < kLow ? k : k - kLow) * kBits; }
 
-  // Where column c of the group's first block lies in lane order.
+  // Where column c of the group's first block lies in lane order, and the power that its lane is times.
   static constexpr int column(int c) {
     if (kType == WeightType::q4_0) return (c % 4 * 2 + c / 16) * kDwords * G + c % 16 / 4 * G;
     return c % 4 * kDwords * G + c / 4 * G;
   }
+  static constexpr float power(int c) { return static_cast<float>(1 << shift(column(c) / (kDwords * G))); }
 };
 
 // One group of columns into lane order, and back.
@@ -71,7 +83,7 @@ static void to_lanes(const float* columns, float* lanes) {
   using Shape = Group<S, kType, G>;
   if constexpr (Shape::kFlat) {
     for (int b = 0; b < G; ++b) {
-      for (int c = 0; c < kBlock; ++c) lanes[Shape::column(c) + b] = columns[b * kBlock + c];
+      for (int c = 0; c < kBlock; ++c) lanes[Shape::column(c) + b] = Shape::power(c) * columns[b * kBlock + c];
     }
     return;
   }
@@ -81,7 +93,9 @@ static void to_lanes(const float* columns, float* lanes) {
       typename S::F square[L];
       TS_UNROLL for (int i = 0; i < L; ++i) square[i] = S::load(columns + (b + i) * kBlock + c);
       S::transpose(square);
-      TS_UNROLL for (int i = 0; i < L; ++i) S::store(lanes + Shape::column(c + i) + b, square[i]);
+      TS_UNROLL for (int i = 0; i < L; ++i) {
+        S::store(lanes + Shape::column(c + i) + b, S::mul(square[i], S::set(Shape::power(c + i))));
+      }
     }
   }
 }
@@ -91,7 +105,7 @@ static void from_lanes(const float* lanes, float* columns) {
   using Shape = Group<S, kType, G>;
   if constexpr (Shape::kFlat) {
     for (int b = 0; b < G; ++b) {
-      for (int c = 0; c < kBlock; ++c) columns[b * kBlock + c] = lanes[Shape::column(c) + b];
+      for (int c = 0; c < kBlock; ++c) columns[b * kBlock + c] = lanes[Shape::column(c) + b] / Shape::power(c);
     }
     return;
   }
@@ -99,7 +113,9 @@ static void from_lanes(const float* lanes, float* columns) {
   for (int b = 0; b < G; b += L) {
     for (int c = 0; c < kBlock; c += L) {
       typename S::F square[L];
-      TS_UNROLL for (int i = 0; i < L; ++i) square[i] = S::load(lanes + Shape::column(c + i) + b);
+      TS_UNROLL for (int i = 0; i < L; ++i) {
+        square[i] = S::mul(S::load(lanes + Shape::column(c + i) + b), S::set(1.0f / Shape::power(c + i)));
+      }
       S::transpose(square);
       TS_UNROLL for (int i = 0; i < L; ++i) S::store(columns + (b + i) * kBlock + c, square[i]);
     }
@@ -108,15 +124,17 @@ static void from_lanes(const float* lanes, float* columns) {
 
 // The group at `block` of a row, as its type says: [G * 32] columns.
 template <class S, WeightType kType, int G>
-static void decode_group(const std::byte* values, const std::byte* scales, int64_t block, float* out) {
+static void decode_group(const std::byte* row, int64_t block, float* out) {
   using Shape = Group<S, kType, G>;
   alignas(64) float lanes[G * kBlock];
   for (int part = 0; part < Shape::kParts; ++part) {
-    const auto scale = Shape::scales(scales, block, part);
+    const auto scale = Shape::scales(row, block, part);
     for (int i = 0; i < Shape::kLoads; ++i) {
+      const auto dwords = Shape::load(row, block, part, i);
+      const auto high = Shape::high(dwords);
       [&]<int... k>(std::integer_sequence<int, k...>) {
         (S::template store_first<Shape::kWidth>(lanes + Shape::lane(part, i, k),
-                                                S::mul(scale, Shape::template weight<k>(values, block, part, i))),
+                                                S::mul(scale, Shape::template weight<k>(dwords, high))),
          ...);
       }(std::make_integer_sequence<int, Shape::kWeights>{});
     }
@@ -125,20 +143,27 @@ static void decode_group(const std::byte* values, const std::byte* scales, int64
 }
 
 // lanes += coefficient[r] * (group at `block` of row r), for r in order.
-template <class S, WeightType kType, int G, int R>
-static TS_INLINE inline void axpy_group(const Rows<R>& rows, const float* coefficient, int64_t block, float* lanes) {
+template <class S, WeightType kType, int G, int R, class Fetch>
+static TS_INLINE inline void axpy_group(const Rows<R>& rows, Fetch& fetch, const float* coefficient, int64_t block,
+                                        float* lanes) {
   using Shape = Group<S, kType, G>;
   TS_UNROLL for (int part = 0; part < Shape::kParts; ++part) {
     typename S::F factor[R];
     TS_UNROLL for (int r = 0; r < R; ++r) {
-      factor[r] = S::mul(S::set(coefficient[r]), Shape::scales(rows.scales[r], block, part));
+      factor[r] = S::mul(S::set(coefficient[r]), Shape::scales(rows.values[r], block, part));
     }
-    for (int i = 0; i < Shape::kLoads; ++i) {
+    TS_UNROLL for (int i = 0; i < Shape::kLoads; ++i) {
+      fetch(Shape::kLoadBytes);
+      typename S::I dwords[R], high[R];
+      TS_UNROLL for (int r = 0; r < R; ++r) {
+        dwords[r] = Shape::load(rows.values[r], block, part, i);
+        high[r] = Shape::high(dwords[r]);
+      }
       const auto add = [&]<int k>(std::integral_constant<int, k>) TS_INLINE {
         float* at = lanes + Shape::lane(part, i, k);
         auto sum = S::template load_first<Shape::kWidth>(at);
         TS_UNROLL for (int r = 0; r < R; ++r) {
-          sum = S::fma(factor[r], Shape::template weight<k>(rows.values[r], block, part, i), sum);
+          sum = S::fma(factor[r], Shape::template weight<k>(dwords[r], high[r]), sum);
         }
         S::template store_first<Shape::kWidth>(at, sum);
       };
@@ -151,17 +176,12 @@ static TS_INLINE inline void axpy_group(const Rows<R>& rows, const float* coeffi
 
 inline constexpr int64_t kTileBlocks = 128;  // y of 4096 columns stays in the first-level cache over all rows
 
-// Columns of blocks [first, last) of R rows; `ahead` are the rows to fetch meanwhile.
-template <class S, WeightType kType, int R>
-static void axpy_rows(const Rows<R>& rows, const Rows<R>& ahead, const float* coefficient, int64_t first, int64_t last,
+// Columns of blocks [first, last) of R rows.
+template <class S, WeightType kType, int R, class Fetch>
+static void axpy_rows(const Rows<R>& rows, Fetch fetch, const float* coefficient, int64_t first, int64_t last,
                       float* lanes) {
   for_groups(first, last, [&]<int G>(Size<G>, int64_t block) {
-    TS_UNROLL for (int r = 0; r < R; ++r) {
-      for (int64_t byte = 0; byte < G * block_bytes(kType); byte += 64) {
-        S::prefetch(ahead.values[r] + block * block_bytes(kType) + byte);
-      }
-    }
-    axpy_group<S, kType, G, R>(rows, coefficient, block, lanes + (block - first) * kBlock);
+    axpy_group<S, kType, G, R>(rows, fetch, coefficient, block, lanes + (block - first) * kBlock);
   });
 }
 
@@ -180,6 +200,7 @@ static bool all_zero(const float* y, int64_t n) {
 template <class S, WeightType kType>
 static void block_axpy_listed(const Matrix& w, const int32_t* rows, const float* coefficient, int64_t n, float* y) {
   constexpr int kRows = kTallRows;
+  constexpr int64_t kBytes = scaled_block_bytes(kType);
   alignas(64) float lanes[kTileBlocks * kBlock];
   const int64_t blocks = w.cols / kBlock;
   if (n == 0) return;
@@ -193,15 +214,13 @@ static void block_axpy_listed(const Matrix& w, const int32_t* rows, const float*
         to_lanes<S, kType, G>(y + block * kBlock, lanes + (block - first) * kBlock);
       });
     }
-    const Lookahead<S> ahead(w, rows, n);
+    const Lookahead<S> ahead(w, rows, n, first * kBytes, (last - first) * kBytes);
     int64_t i = 0;
     for (; i + kRows <= n; i += kRows) {
-      axpy_rows<S, kType, kRows>(Rows<kRows>(w, rows + i), ahead.after(i), coefficient + i, first, last, lanes);
+      const Rows<kRows> now(w, rows + i);
+      axpy_rows<S, kType, kRows>(now, ahead.template after<kRows>(i), coefficient + i, first, last, lanes);
     }
-    for (; i < n; ++i) {
-      const Rows<1> row(w, rows + i);
-      axpy_rows<S, kType, 1>(row, row, coefficient + i, first, last, lanes);
-    }
+    for (; i < n; ++i) axpy_rows<S, kType, 1>(Rows<1>(w, rows + i), NoFetch{}, coefficient + i, first, last, lanes);
     for_groups(first, last, [&]<int G>(Size<G>, int64_t block) {
       from_lanes<S, kType, G>(lanes + (block - first) * kBlock, y + block * kBlock);
     });
@@ -212,7 +231,7 @@ template <class S, WeightType kType>
 static void block_decode(const Matrix& w, int64_t row, float* out) {
   const Rows<1> one(w, row);
   for_groups(0, w.cols / kBlock, [&]<int G>(Size<G>, int64_t block) {
-    decode_group<S, kType, G>(one.values[0], one.scales[0], block, out + block * kBlock);
+    decode_group<S, kType, G>(one.values[0], block, out + block * kBlock);
   });
 }
 

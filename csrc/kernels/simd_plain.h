@@ -36,8 +36,8 @@ struct PlainDot {
   template <int N>
   using Input = FloatVectors<N>;
 
-  template <int R, int N>
-  static void run(const Matrix& w, const Rows<R>& rows, const Rows<R>& ahead, const Input<N>& input, float* out,
+  template <int R, int N, class Fetch>
+  static void run(const Matrix& w, const Rows<R>& rows, Fetch fetch, const Input<N>& input, float* out,
                   int64_t stride) {
     F total[R][N];
     for (auto& row : total) {
@@ -46,9 +46,9 @@ struct PlainDot {
     const float* vectors = input.x;
     int64_t c = 0;
     for (; c + S::kLanes <= w.cols; c += S::kLanes) {
+      fetch(S::kLanes * Row::kBytes);
       for (int r = 0; r < R; ++r) {
         const F weights = Row::load(rows.values[r], c);
-        if constexpr (N == 1) S::prefetch(ahead.values[r] + c * Row::kBytes);
         for (int n = 0; n < N; ++n) total[r][n] = S::fma(weights, S::load(vectors + n * w.cols + c), total[r][n]);
       }
     }
@@ -92,7 +92,7 @@ static void short_axpy_listed(const Matrix& w, const int32_t* rows, const float*
   typename S::F sum[V];
   for (int v = 0; v < V; ++v) sum[v] = S::load(y + v * S::kLanes);
   for (int64_t i = 0; i < n; ++i) {
-    const std::byte* row = w.values + rows[i] * w.value_stride;
+    const std::byte* row = w.values + rows[i] * w.row_bytes;
     const auto factor = S::set(coefficient[i]);
     for (int v = 0; v < V; ++v) sum[v] = S::fma(factor, Row::load(row, v * S::kLanes), sum[v]);
   }
@@ -112,7 +112,7 @@ static void plain_axpy_listed(const Matrix& w, const int32_t* rows, const float*
 template <class S, WeightType kType>
 static void plain_decode(const Matrix& w, int64_t row, float* out) {
   using Row = PlainRow<S, kType>;
-  const std::byte* values = w.values + row * w.value_stride;
+  const std::byte* values = w.values + row * w.row_bytes;
   int64_t c = 0;
   for (; c + S::kLanes <= w.cols; c += S::kLanes) S::store(out + c, Row::load(values, c));
   if (c < w.cols) S::store(out + c, Row::load(values, c, w.cols - c), w.cols - c);

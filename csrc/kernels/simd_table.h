@@ -31,8 +31,10 @@ static void with_tile(const Matrix& w, const Vectors& x, Call f) {
   with_type(w.type, [&]<WeightType kType>() {
     if constexpr (!is_blocked(kType)) {
       f.template operator()<PlainDot<S, kType>>();
+    } else if (x.rest) {
+      f.template operator()<BlockDot<S, kType, 2>>();
     } else if (x.q) {
-      f.template operator()<BlockDot<S, kType>>();
+      f.template operator()<BlockDot<S, kType, 1>>();
     } else {
       f.template operator()<BlockDotF32<S, kType>>();
     }
@@ -46,7 +48,7 @@ struct Table {
   }
 
   static void dot_listed(const Matrix& w, const int32_t* rows, int64_t n, const Vectors& x, int64_t v, float* out) {
-    with_tile<S>(w, x, [&]<class Tile>() { dot_list<Tile>(w, rows, n, x, v, out); });
+    with_tile<S>(w, x, [&]<class Tile>() { dot_list<S, Tile>(w, rows, n, x, v, out); });
   }
 
   static void axpy_listed(const Matrix& w, const int32_t* rows, const float* coefficient, int64_t n, float* y) {

@@ -89,6 +89,25 @@ def test_dot_int8(isa, type, cols):
 
 @isa
 @blocked
+@pytest.mark.parametrize("cols", BLOCKED_COLS)
+def test_two_terms_are_multiplied_in_one_pass(isa, type, cols):
+    """The second term is what int8 blocks lost of x: with it the product is that of x to some 15 bits."""
+    rng, weights, packed = case(isa, type, 33, cols)
+    x = normal(rng, 3, cols)
+    first = reference.quantize(x)
+    lost = x - np.repeat(first.scale, reference.BLOCK, axis=1) * first.q
+    out = packed.dot(kernels.Vectors(isa, x, int8=True, rest=lost), 0, 33)
+    parts = [reference.dot_int8(weights, term) for term in (x, lost)]
+    assert (np.abs(out - sum(part[0] for part in parts)) <= 1.1 * sum(part[1] for part in parts)).all()
+    for v in range(3):
+        alone = kernels.Vectors(isa, x[v : v + 1], int8=True, rest=lost[v : v + 1])
+        same_bits(packed.dot(alone, 0, 33)[0], out[v])
+        chosen = np.flatnonzero(rng.random(33) < 0.4).astype(np.int32)
+        same_bits(packed.dot_listed(chosen, alone, 0), out[v, chosen])
+
+
+@isa
+@blocked
 def test_dot_int8_of_the_largest_quants_does_not_saturate(isa, type):
     cols = 576
     raw = np.zeros((2, cols // 32, reference.BLOCK_BYTES[type]), np.uint8)
