@@ -32,12 +32,12 @@ lint: $(VENV)/.dev ## ruff, mypy and clang-format, as in CI
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' | xargs -r $(BIN)/clang-format --dry-run -Werror
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp' | xargs -r $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/.dev ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' | xargs -r $(BIN)/clang-format -i
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp' | xargs -r $(BIN)/clang-format -i
 
 bench: $(VENV)/.runtime ## time the modes on MODEL=FILE
 	$(BIN)/turbosparse bench $(MODEL)

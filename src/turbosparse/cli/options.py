@@ -28,7 +28,9 @@ class Isa(StrEnum):
     """Instruction sets of the native kernels."""
 
     generic = "generic"
+    neon = "neon"
     avx2 = "avx2"
+    avxvnni = "avxvnni"
     avx512 = "avx512"
 
 

@@ -178,7 +178,7 @@ class Engine:
             threads: default: every core that this process may use.
             compute: "int8" quantises activations for quantised weights; "f32" computes everything in fp32, on weights
                 dequantised exactly: the yardstick.
-            isa: "generic", "avx2" or "avx512"; default: the best that this machine has.
+            isa: "generic", "neon", "avx2", "avxvnni" or "avx512"; default: the best that this machine has.
             progress: called with (bytes done, bytes in all).
 
         Raises:
