@@ -1,5 +1,9 @@
 """The engine on tiny models of every family: right against transformers, and bitwise the same however it is run."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,8 @@ import turbosparse  # noqa: F401  registers the sparse model types
 from turbosparse import _native
 from turbosparse.engine import Engine, SamplingParams
 from turbosparse.errors import UserError
+from turbosparse.model.shapes import shape_config
+from turbosparse.model.synthetic import Rates, write_synthetic
 
 TOKENS = [int(token) for token in np.random.default_rng(3).integers(3, 300, size=101)]  # a block and an odd rest
 
@@ -68,6 +74,24 @@ def test_a_prompt_in_pieces_is_the_whole_prompt(tiny_gguf, split):
     pieces.prefill(TOKENS[:split])
     assert equal_bits(pieces.prefill(TOKENS[split:]), expected)
     assert pieces.position == len(TOKENS)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_loading_holds_one_copy_of_the_weights(tmp_path):
+    """Peak memory rises by the packed weights and a part of the file, not by the weights and the whole file."""
+    path = tmp_path / "model.gguf"
+    config = shape_config("smollm2-135m", "swiglu", layers=24)
+    write_synthetic(path, "peak", config, Rates(0.5, 0.5, 0.25), "q8_0")
+    program = f"""
+import re, turbosparse, turbosparse.engine
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
+before = peak()
+engine = turbosparse.load({str(path)!r})
+print(peak() - before, engine.weight_bytes)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    rise, weights = map(int, done.stdout.split())
+    assert weights > 100e6 and rise < 1.5 * weights
 
 
 def test_sessions_do_not_disturb_each_other(tiny_gguf):

@@ -242,6 +242,7 @@ def _load_tensors(file: GGUFFile, model: _native.Model, exact: bool, progress: P
             rows, columns = tensor.shape
             kind, data = _packable(tensor, exact)
             model.set_matrix(name, int(kind), rows, columns, data)
+            file.release_pages()  # its packed copy is enough: two of a large model may not fit
         done += tensor.data.size
         if progress is not None:
             progress(done, total)

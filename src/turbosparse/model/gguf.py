@@ -142,6 +142,11 @@ class GGUFFile:
             _close(buffer)
             raise
 
+    def release_pages(self) -> None:
+        """Stop holding in memory what was read so far; it is still there, and read anew from the file if needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._buffer.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Drop the tensors and unmap the file. Views that the caller still holds keep the map alive until they go."""
         self.tensors = {}
