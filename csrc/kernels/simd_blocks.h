@@ -74,10 +74,8 @@ struct QuantVectors<S, kType, N, kTerms> {
         const Quants from = quants_of(x, n % kTerms, v + n / kTerms);
         __builtin_memcpy(to + n * G * kBlock, from.q + block * kBlock, G * kBlock);
         __builtin_memcpy(to + kCount * G * kBlock + n * G * 4, from.scale + block, G * 4);
-        for (int b = 0; b < G; ++b) {
-          const auto offset = static_cast<int32_t>(-kBias<S, kType> * from.sum[block + b]);
-          __builtin_memcpy(to + kCount * G * (kBlock + 4) + (n * G + b) * 4, &offset, 4);
-        }
+        auto* offsets = reinterpret_cast<int32_t*>(to + kCount * G * (kBlock + 4)) + n * G;
+        for (int b = 0; b < G; ++b) offsets[b] = static_cast<int32_t>(-kBias<S, kType>) * from.sum[block + b];
       }
     });
   }

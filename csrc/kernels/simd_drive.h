@@ -36,7 +36,7 @@ struct Rows {
 // other: memory serves one stream faster than four.
 inline constexpr int kTallRows = 4;
 inline constexpr int64_t kLongRow = 1024;           // bytes
-inline constexpr int64_t kBlockBytes = 256 * 1024;  // rows that stay in the second-level cache over all vectors
+inline constexpr int64_t kBlockBytes = 640 * 1024;  // rows that stay in the second-level cache over all vectors
 
 // Rows in order: the processor foresees them.
 struct NoFetch {
