@@ -142,10 +142,11 @@ def show(record: dict[str, Any], runs: list[Run]) -> None:
         )
     console = output.stdout_console()
     console.print(table)
-    limit, exact = record["machine"]["read_gb_s"], record["speedup"]["exact"]
+    limit = record["machine"]["read_gb_s"]
     console.print(f"this machine reads {output.number(limit)} GB/s from memory; peak memory {peak(record)}")
-    if exact:
-        console.print(f"exact is {exact:.2f} times as fast as dense")
+    for mode, times in record["speedup"].items():
+        if times is not None:
+            console.print(f"{mode} is {times:.2f} times as fast as dense")
     for peer in PEERS:
         for run in runs:
             if (times := speedup(runs, run.mode, over=peer)) is not None and run.mode not in PEERS:

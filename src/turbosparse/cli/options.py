@@ -15,6 +15,7 @@ class Mode(StrEnum):
     auto = "auto"
     dense = "dense"
     exact = "exact"
+    predicted = "predicted"
 
 
 class Compute(StrEnum):

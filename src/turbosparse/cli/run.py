@@ -99,13 +99,15 @@ class Clock:
     def record(self, engine: Engine, mode: str) -> dict[str, Any]:
         """The figures of the `run` object; speeds in tokens/s, null where nothing was decoded."""
         decoded = self._last - self._first
+        traffic = engine.traffic()
         return {
             "mode": mode,
             "prompt_tokens": self.prompt_tokens,
             "tokens": self.tokens,
             "prefill_tok_s": self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else None,
             "decode_tok_s": (self.tokens - 1) / decoded if self.tokens > 1 and decoded else None,
-            "sparsity": engine.traffic().sparsity,
+            "sparsity": traffic.sparsity,
+            "selected": traffic.selected,
         }
 
 
@@ -118,4 +120,6 @@ def status_line(record: dict[str, Any]) -> str:
     ]
     if record["sparsity"] is not None:
         parts.append(f"with {output.percent(record['sparsity'])} of the neurons silent")
+    if record["selected"] is not None:
+        parts.append(f"and {output.percent(record['selected'])} selected")
     return " ".join(parts)
