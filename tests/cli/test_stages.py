@@ -185,9 +185,43 @@ def test_a_wrong_option_is_exit_code_2(sparse):
 
 def test_synth_writes_a_model_that_bench_calls_synthetic(tmp_path):
     out = tmp_path / "small.gguf"
-    record = turbo_json("synth", out, "--shape", "smollm2-135m", "--layers", 1)
-    assert record["measured"]["sparsity"] == pytest.approx(0.9, abs=0.015)
+    record = turbo_json("synth", out, "--shape", "smollm2-135m", "--layers", 3)
+    measured = record["measured"]
+    assert measured["sparsity"] == pytest.approx(0.9, abs=0.02) and measured["gate_rate"] == pytest.approx(
+        0.25, abs=0.03
+    )
+    assert measured["selected"] == pytest.approx(1.2, abs=0.06) and 0.9 < measured["recall"] <= 1
+    assert measured["predictor_share"] == pytest.approx(0.06, abs=0.01)
     assert record["file_bytes"] == out.stat().st_size
     bench = turbo_json("bench", out, "--repeats", 1, "-n", 4, "--prompt-tokens", 8)
     assert bench["synthetic"] and all(run["synthetic"] for run in bench["runs"])
+    modes = {run["mode"]: run for run in bench["runs"]}
+    assert list(modes) == ["dense", "exact", "predicted"] and bench["speedup"]["predicted"] > 0
+    assert modes["predicted"]["bytes_per_token"] < modes["exact"]["bytes_per_token"]
+    assert 0.08 < modes["predicted"]["selected"] < 0.2 and modes["exact"]["selected"] is None
     assert "synthetic" in turbo("bench", out, "--repeats", 1, "-n", 4, "--prompt-tokens", 8).stdout
+
+
+def test_predicted_mode_in_every_command(tmp_path, text):
+    out = tmp_path / "small.gguf"
+    turbo("synth", out, "--shape", "smollm2-135m", "--layers", 2)
+    info = turbo_json("info", out)["predictor"]
+    assert info["input"] == "normed" and info["layers"] == 2 and info["share"] == pytest.approx(0.06, abs=0.01)
+    assert "of the FFN's bytes" in turbo("info", out).stdout
+    run = turbo_json("run", out, "-p", "the quick", "-n", 6, "--ignore-eos", "--mode", "predicted")
+    assert run["mode"] == "predicted" and 0 < run["selected"] < 0.3
+    shown = turbo("run", out, "-p", "the quick", "-n", 6, "--ignore-eos", "--mode", "predicted").stderr
+    assert "[predicted]" in shown and "selected" in shown
+    perplexity = turbo_json("perplexity", out, "--data", text, "--mode", "predicted", "--limit", 40)
+    exact = turbo_json("perplexity", out, "--data", text, "--mode", "exact", "--limit", 40)
+    assert perplexity["mode"] == "predicted" and perplexity["tokens"] == exact["tokens"]
+    assert perplexity["nats_per_token"] != exact["nats_per_token"]
+    report = turbo_json("analyze", out, "--data", text, "--limit", 60)
+    assert 0.05 < report["predictor"]["selected"] < 0.25 and 0.8 < report["predictor"]["recall"] <= 1
+    assert report["layers"][1]["recall"] > 0.8
+    assert "recall" in turbo("analyze", out, "--data", text, "--limit", 60).stdout
+    plain = tmp_path / "plain.gguf"
+    turbo("synth", plain, "--shape", "smollm2-135m", "--layers", 1, "--predictor-share", 0)
+    assert turbo_json("info", plain)["predictor"] is None
+    assert "mode predicted" in turbo("run", plain, "-p", "x", "--mode", "predicted", code=2).stderr
+    assert "--selected" in turbo("synth", plain, "--shape", "smollm2-135m", "--selected", 0.5, code=2).stderr
