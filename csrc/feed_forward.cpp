@@ -47,7 +47,7 @@ void Forward::dense_ffn(Member& member, const Pass& pass, int64_t index) {
 void Forward::sparse_ffn(Member& member, const Pass& pass, int64_t index) {
   const Layer& layer = model_->layers()[index];
   const Inputs x = normed(member, pass.n, layer.ffn_norm, layer.gate);
-  const bool predicts = layer.predicts() && (pass.mode == Mode::predicted || counts_);
+  const bool predicts = scores_wanted(pass, index);
   const Inputs hidden = predicts ? predictor_hidden(member, pass, layer, x) : Inputs{};
   const int64_t blocks = model_->neuron_blocks();
   for (int64_t b; (b = next_block_.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
@@ -64,6 +64,23 @@ void Forward::sparse_ffn(Member& member, const Pass& pass, int64_t index) {
     }
     member.barrier();
   }
+}
+
+// How a row computes a layer: dense, exact or predicted.
+Mode Forward::mode_of(const Pass& pass, int64_t row, int64_t layer) const {
+  Mode mode = pass.mode;
+  if (automatic(mode)) mode = pass.decode ? pass.rows[row].session->choice_.of(layer) : Mode::exact;
+  return mode == Mode::predicted && !model_->layers()[layer].predicts() ? Mode::exact : mode;
+}
+
+bool Forward::scores_wanted(const Pass& pass, int64_t index) const {
+  if (!model_->layers()[index].predicts()) return false;
+  bool wanted = counts_ != nullptr;
+  for (int64_t t = 0; t < pass.n; ++t) {
+    const bool counting = pass.mode == Mode::automatic_predicted && pass.rows[t].session->choice_.counting();
+    wanted = wanted || counting || mode_of(pass, t, index) == Mode::predicted;
+  }
+  return wanted;
 }
 
 // relu(fc1 x), as input of fc2. `x` is the FFN's own input.
@@ -94,16 +111,17 @@ void Forward::neuron_block(Scratch& s, const Pass& pass, int64_t index, int64_t 
   const int64_t end = std::min((block + 1) * size, config_.ffn);
   const int64_t fit = std::max<int64_t>(kBlock, kChunkBytes / layer.gate.row_bytes() / kBlock * kBlock);
   const int64_t step = pass.n == 1 ? size : std::min(fit, size);
-  const bool predicted = pass.mode == Mode::predicted && hidden;
+  bool any_gates = counts_ != nullptr, any_ups = counts_ != nullptr;
   for (int64_t t = 0; t < pass.n; ++t) {
+    const Mode mode = mode_of(pass, t, index);
+    any_gates = any_gates || mode != Mode::predicted;
+    // In a prompt, most rows of up are needed by some token.
+    any_ups = any_ups || mode == Mode::dense || (mode == Mode::exact && !pass.decode);
     float* partial = partial_of(t, block);
     std::fill(partial, partial + d, 0.0f);
   }
   for (int64_t first = block * size; first < end; first += step) {
-    Neurons at{index, block, first, std::min(step, end - first), false, false};
-    at.all_gates = counts_ || !predicted;
-    // In a prompt, most rows of up are needed by some token.
-    at.all_ups = counts_ || pass.mode == Mode::dense || !(pass.decode || predicted);
+    const Neurons at{index, block, first, std::min(step, end - first), any_gates, any_ups, hidden != nullptr};
     // Row r is written at out + r: `first` is taken off, so that the rows land at the start of the buffer.
     const int64_t last = first + at.n;
     if (hidden) product(s, layer.fc2, first, last, *hidden, s.prediction.data() - first, size);
@@ -112,15 +130,17 @@ void Forward::neuron_block(Scratch& s, const Pass& pass, int64_t index, int64_t 
     if (pass.n > 1) std::fill(s.seen.begin(), s.seen.end(), uint8_t{0});
     for (int64_t t = 0; t < pass.n; ++t) {
       if (counts_) count_row(s, at, t);
-      fire(s, pass, at, t, x, predicted);
+      fire(s, pass, at, t, x);
     }
   }
 }
 
 // The neurons of a row that fire, added to its partial sum.
-void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, bool predicted) {
+void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x) {
   const Layer& layer = model_->layers()[at.index];
-  const int64_t open = open_gates(s, pass, at, row, x, predicted);
+  const Mode mode = mode_of(pass, row, at.index);
+  const int64_t selected = at.scores ? select(s, at, row) : 0;
+  const int64_t open = open_gates(s, pass, at, row, x, mode == Mode::predicted ? selected : -1);
   if (at.all_ups) {
     const float* up = &s.up[row * model_->neuron_block()];
     for (int64_t i = 0; i < open; ++i) s.value[i] = up[s.open[i]];
@@ -142,23 +162,26 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
   }
   s.traffic.active_neurons += active;
   s.traffic.open_gates += open;
-  if (pass.mode == Mode::dense) active = list_every(s, at, active);
+  if (mode == Mode::predicted) s.traffic.selected_neurons += selected;
+  if (automatic(pass.mode) && pass.decode) {
+    Choice& choice = pass.rows[row].session->choice_;
+    if (choice.counting()) choice.count(at.index, open, active, selected);
+  }
+  if (mode == Mode::dense) active = list_every(s, at, active);
   count_read(s, pass, at, active, layer.down, 2);
   kernels_.axpy_listed(layer.down, s.listed.data(), s.value.data(), active, partial_of(row, at.block));
 }
 
-// The open gates of a row (of the selected neurons, if they are predicted): s.open, counted from at.first, and their
-// values s.gate_open. Returns how many.
+// The open gates of a row, of all its neurons (`selected` < 0) or of the selected ones that s.open lists: s.open,
+// counted from at.first, and their values s.gate_open. Returns how many.
 int64_t Forward::open_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x,
-                            bool predicted) {
+                            int64_t selected) {
   float* gate = &s.gate[row * model_->neuron_block()];
-  if (!predicted) {
+  if (selected < 0) {
     const int64_t open = kernels_.positive(gate, at.n, s.open.data());
     for (int64_t i = 0; i < open; ++i) s.gate_open[i] = gate[s.open[i]];
     return open;
   }
-  const int64_t selected = select(s, at, row);
-  s.traffic.selected_neurons += selected;
   if (at.all_gates) {
     for (int64_t i = 0; i < selected; ++i) s.value[i] = gate[s.open[i]];
   } else {

@@ -50,7 +50,8 @@ void Forward::check(const Session& session, int64_t n, Mode mode) const {
   if (session.model_ != model_) throw std::invalid_argument("a session of another model");
   if (n > session.context_ - session.position_) throw std::invalid_argument("the context is full");
   if (mode != Mode::dense && !config_.sparse()) throw std::invalid_argument("this mode needs a ReLU-gated model");
-  if (mode == Mode::predicted && config_.widest_predictor() == 0) throw std::invalid_argument("there is no predictor");
+  const bool predicts = mode == Mode::predicted || mode == Mode::automatic_predicted;
+  if (predicts && config_.widest_predictor() == 0) throw std::invalid_argument("there is no predictor");
 }
 
 void Forward::check(int32_t token) const {
@@ -85,9 +86,15 @@ void Forward::decode(Session* const* sessions, const int32_t* tokens, int64_t n,
   for (int64_t done = 0; done < n; done += kMostRows) {
     const int64_t size = std::min(kMostRows, n - done);
     Row rows[kMostRows];
-    for (int64_t t = 0; t < size; ++t) rows[t] = {sessions[done + t], sessions[done + t]->position_, tokens[done + t]};
+    for (int64_t t = 0; t < size; ++t) {
+      rows[t] = {sessions[done + t], sessions[done + t]->position_, tokens[done + t]};
+      if (automatic(mode)) rows[t].session->choice_.begin_token(mode == Mode::automatic_predicted);
+    }
     run(Pass{rows, size, mode, size, logits + done * config_.vocab, true});
-    for (int64_t t = 0; t < size; ++t) rows[t].session->position_ += 1;
+    for (int64_t t = 0; t < size; ++t) {
+      rows[t].session->position_ += 1;
+      if (automatic(mode)) rows[t].session->choice_.finish_token();
+    }
   }
 }
 

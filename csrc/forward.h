@@ -17,8 +17,6 @@
 
 namespace turbosparse {
 
-enum class Mode { dense, exact, predicted };
-
 class Forward {
  public:
   explicit Forward(std::shared_ptr<Model> model);
@@ -82,10 +80,13 @@ class Forward {
   struct Neurons {
     int64_t index, block, first, n;
     bool all_gates, all_ups;  // computed for every row; else each row computes those that it needs
+    bool scores;              // of the predictor are there
   };
 
   void check(const Session& session, int64_t n, Mode mode) const;
   void check(int32_t token) const;
+  Mode mode_of(const Pass& pass, int64_t row, int64_t layer) const;
+  bool scores_wanted(const Pass& pass, int64_t index) const;
   void run(const Pass& pass);
   void layers(Member& member, const Pass& pass);
   void embed(Member& member, const Pass& pass);
@@ -117,8 +118,8 @@ class Forward {
   void sparse_ffn(Member& member, const Pass& pass, int64_t index);
   Inputs predictor_hidden(Member& member, const Pass& pass, const Layer& layer, const Inputs& x);
   void neuron_block(Scratch& s, const Pass& pass, int64_t index, int64_t block, const Inputs& x, const Inputs* hidden);
-  void fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, bool predicted);
-  int64_t open_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, bool predicted);
+  void fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x);
+  int64_t open_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t selected);
   int64_t select(Scratch& s, const Neurons& at, int64_t row);
   void list_open(Scratch& s, const Neurons& at, int64_t n);
   int64_t list_every(Scratch& s, const Neurons& at, int64_t active);

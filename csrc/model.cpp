@@ -142,6 +142,15 @@ void Model::set_vector(const std::string& name, const float* values, int64_t siz
   *found->second.slot = copy;
 }
 
+std::vector<double> Model::predictor_costs() const {
+  std::vector<double> costs;
+  for (const Layer& l : layers_) {
+    const auto bytes = static_cast<double>(l.fc1.rows * l.fc1.row_bytes() + l.fc2.rows * l.fc2.row_bytes());
+    costs.push_back(bytes / static_cast<double>(config_.ffn * l.gate.row_bytes()));
+  }
+  return costs;
+}
+
 void Model::count(bool on) {
   counts_.reset(on ? new Counts : nullptr);
   if (!on) return;

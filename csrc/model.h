@@ -99,6 +99,9 @@ class Model {
   // Inputs of products are worth a second int8 term: the weights lose less than one term would.
   bool fine_inputs() const { return layers_[0].gate.type == WeightType::q8_0; }
 
+  // What the predictor of each layer costs, in rows of gate for each neuron; 0 where there is none.
+  std::vector<double> predictor_costs() const;
+
   // Neurons of a sparse FFN are summed in fixed blocks: few, so that partial sums stay small, and independent of
   // threads.
   int64_t neuron_block() const { return neuron_block_; }

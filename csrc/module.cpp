@@ -111,6 +111,8 @@ Mode mode_named(const std::string& name) {
   if (name == "dense") return Mode::dense;
   if (name == "exact") return Mode::exact;
   if (name == "predicted") return Mode::predicted;
+  if (name == "auto") return Mode::automatic;
+  if (name == "auto-predicted") return Mode::automatic_predicted;
   throw std::invalid_argument("unknown mode " + name);
 }
 
@@ -132,6 +134,16 @@ void decode_tokens(Forward& forward, const std::vector<Session*>& sessions, Toke
   const Mode chosen = mode_named(mode);
   const nb::gil_scoped_release unlocked;
   forward.decode(sessions.data(), tokens.data(), static_cast<int64_t>(sessions.size()), chosen, logits.data());
+}
+
+// How each layer is computed in the automatic modes.
+std::vector<std::string> choices(const Session& session) {
+  std::vector<std::string> names;
+  for (size_t layer = 0; layer < session.layers(); ++layer) {
+    const Mode mode = session.choice().of(static_cast<int64_t>(layer));
+    names.emplace_back(mode == Mode::dense ? "dense" : mode == Mode::exact ? "exact" : "predicted");
+  }
+  return names;
 }
 
 int64_t read_counts(Model& model, Counters gate, Counters up, Counters h, Counters selected, Counters hit, bool reset) {
@@ -243,7 +255,8 @@ NB_MODULE(_native, m) {
       .def("reset", &Session::reset)
       .def_prop_ro("position", &Session::position)
       .def_prop_ro("context", &Session::context)
-      .def_prop_ro("cache_bytes", &Session::cache_bytes);
+      .def_prop_ro("cache_bytes", &Session::cache_bytes)
+      .def_prop_ro("choices", &choices);
 
   nb::class_<Forward>(m, "Forward")
       .def(

@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
+#include <vector>
 
+#include "choice.h"
 #include "kv_cache.h"
 #include "model.h"
 
@@ -19,18 +21,25 @@ class Session {
   Session(std::shared_ptr<Model> model, int64_t context, WeightType cache_type)
       : model_(std::move(model)),
         context_(context < 1 ? throw std::invalid_argument("the context must hold at least one token") : context),
-        cache_(model_->config(), model_->kernels(), cache_type, context, kMostRows) {}
+        cache_(model_->config(), model_->kernels(), cache_type, context, kMostRows),
+        choice_(model_->config().ffn, model_->predictor_costs()) {}
 
   int64_t position() const { return position_; }
   int64_t context() const { return context_; }
   size_t cache_bytes() const { return cache_.bytes(); }
-  void reset() { position_ = 0; }
+  const Choice& choice() const { return choice_; }
+  size_t layers() const { return model_->layers().size(); }
+  void reset() {
+    position_ = 0;
+    choice_.reset();
+  }
 
  private:
   friend class Forward;
   std::shared_ptr<Model> model_;
   int64_t context_, position_ = 0;
   KvCache cache_;
+  Choice choice_;  // of the automatic modes
 };
 
 }  // namespace turbosparse

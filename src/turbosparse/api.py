@@ -52,7 +52,7 @@ def generate(
         max_tokens: at most this many.
         params: how tokens are drawn; default: always the likeliest.
         mode: "dense" or "exact", which give the same text, or "predicted" where the file holds predictors; default:
-            exact where the model allows it.
+            auto, which is whichever of the first two costs less.
         stop: strings that end the text; they are not part of it.
 
     Raises:
@@ -60,8 +60,7 @@ def generate(
     """
     from turbosparse.engine import generate as stream
 
-    chosen = mode or ("exact" if "exact" in engine.modes else "dense")
-    chunks = stream(engine, engine.tokenizer.encode(prompt), params, max_tokens, chosen, stop)
+    chunks = stream(engine, engine.tokenizer.encode(prompt), params, max_tokens, mode or "auto", stop)
     return (chunk.text for chunk in chunks)
 
 

@@ -151,6 +151,8 @@ BAD = {
     "a folder": (["run", "{folder}", "-p", "x"], "turbosparse export"),
     "exact on dense": (["run", "{dense}", "-p", "x", "--mode", "exact"], "mode exact"),
     "prompt too long": (["run", "{sparse}", "-p", "word " * 50, "--ctx", "20"], "do not fit the context of 20"),
+    "a cache for other heads": (["run", "{sparse}", "-p", "x", "--kv-cache", "q8_0"], "--kv-cache q8_0"),
+    "choosing while reading": (["perplexity", "{sparse}", "--data", "{text}", "--mode", "auto-predicted"], "auto-pred"),
     "empty prompt": (["run", "{sparse}", "-p", ""], "prompt is empty"),
     "not JSONL": (["perplexity", "{sparse}", "--data", "{broken}"], "broken.jsonl"),
     "missing data": (["analyze", "{sparse}", "--data", "nothing.txt"], "nothing.txt"),
@@ -167,6 +169,8 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(case, tiny_gguf, tiny_folder,
     names = {"sparse": sparse, "dense": tiny_gguf("llama", "dense", "q8_0"), "folder": tiny_folder("llama")}
     names |= {"junk": tmp_path / "junk.gguf", "truncated": tmp_path / "truncated.gguf", "new": tmp_path / "new"}
     names |= {"broken": tmp_path / "broken.jsonl", "empty": tmp_path / "empty", "recipe": tmp_path / "recipe.yaml"}
+    names["text"] = tmp_path / "text.txt"
+    names["text"].write_text("some words to read")
     names["junk"].write_bytes(b"no model at all")
     names["truncated"].write_bytes(sparse.read_bytes()[:-1000])
     names["broken"].write_text('{"text": "fine"}\nnot json\n')
@@ -212,6 +216,12 @@ def test_predicted_mode_in_every_command(tmp_path, text):
     assert run["mode"] == "predicted" and 0 < run["selected"] < 0.3
     shown = turbo("run", out, "-p", "the quick", "-n", 6, "--ignore-eos", "--mode", "predicted").stderr
     assert "[predicted]" in shown and "selected" in shown
+    auto = turbo_json("run", out, "-p", "the quick", "-n", 24, "--ignore-eos", "--mode", "auto-predicted")
+    assert auto["mode"] == "predicted"
+    half = turbo_json("run", out, "-p", "the quick", "-n", 24, "--ignore-eos", "--kv-cache", "q8_0")
+    assert half["mode"] == "exact" and half["kv_cache_bytes"] / auto["kv_cache_bytes"] == pytest.approx(
+        17 / 32, rel=0.01
+    )
     perplexity = turbo_json("perplexity", out, "--data", text, "--mode", "predicted", "--limit", 40)
     exact = turbo_json("perplexity", out, "--data", text, "--mode", "exact", "--limit", 40)
     assert perplexity["mode"] == "predicted" and perplexity["tokens"] == exact["tokens"]

@@ -25,7 +25,8 @@ Counts = npt.NDArray[np.int64]
 
 _NATIVE_TYPES = frozenset({Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0})
 _DEFAULT_CONTEXT = 4096
-_EXACTLY = {"predicted": "exact"}
+_CACHES = {"f16": Type.F16, "q8_0": Type.Q8_0}
+_AUTOMATIC = ("auto", "auto-predicted")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,20 @@ class Session:
         """Bytes that its keys and values take when the context is full; memory is taken as it fills."""
         return self._native.cache_bytes
 
+    def used(self, mode: str) -> str:
+        """What `mode` came to in the last decoded token: itself, or for an automatic one the mode of all layers.
+
+        Where the layers differ it is `mode` still, and while the rates are counted it is exact.
+        """
+        mode = self._engine.native_mode(mode)
+        chosen = set(self.choices)
+        return chosen.pop() if mode in _AUTOMATIC and len(chosen) == 1 else mode
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """How the automatic modes compute each layer; exact while they still count, which is for 16 tokens."""
+        return tuple(self._native.choices)
+
     def reset(self) -> None:
         """Forget everything."""
         self._native.reset()
@@ -101,21 +116,28 @@ class Session:
     def prefill(self, tokens: Sequence[int], mode: str = "dense") -> Floats:
         """Read a prompt; returns the logits after its last token, float32 [vocab].
 
-        In mode "predicted" a prompt is computed exactly: together its tokens need most neurons anyway.
+        In mode "predicted", and in the automatic ones, a prompt is computed exactly: together its tokens need most
+        neurons anyway.
 
         Raises:
             UserError: it does not fit the context, or the mode is not one of the engine's.
         """
         self._check(tokens, mode)
         for start in range(0, len(tokens), _native.PREFILL_BLOCK):  # a call each, so that Ctrl-C is heard in between
-            self._last = self._read(tokens[start : start + _native.PREFILL_BLOCK], _EXACTLY.get(mode, mode))
+            exactly = mode if mode == "dense" else self._engine.modes[:2][-1]
+            self._last = self._read(tokens[start : start + _native.PREFILL_BLOCK], exactly)
         assert self._last is not None
         return self._last
 
     def logits(self, tokens: Sequence[int], mode: str = "dense") -> Floats:
-        """Read tokens; returns the logits after each, as `decode` gives them: float32 [n, vocab]. Errors as there."""
+        """Read tokens; returns the logits after each, as `decode` gives them: float32 [n, vocab]. Errors as there.
+
+        Not in mode "auto-predicted", which chooses by what was decoded before.
+        """
+        if mode in _AUTOMATIC[1:]:
+            raise UserError(f"mode {mode} is for decoding; use predicted.")
         self._check(tokens, mode)
-        flat = self._read(tokens, mode, all_logits=True)
+        flat = self._read(tokens, self._engine.native_mode(mode), all_logits=True)
         rows = flat.reshape(len(tokens), self._engine.config.vocab_size)
         self._last = rows[-1]
         return rows
@@ -139,7 +161,7 @@ class Session:
             raise UserError(
                 f"{len(tokens)} tokens do not fit the context of {self.context}, {self.position} of it used; use --ctx."
             )
-        if mode not in self._engine.modes:
+        if mode not in self._engine.modes + self._engine.automatic_modes:
             known = ", ".join(self._engine.modes)
             activation = self._engine.config.activation
             raise UserError(f"mode {mode} is not possible with this {activation} model; use {known}.")
@@ -161,6 +183,8 @@ class Engine:
         isa: instruction set of the kernels.
         threads: threads that compute, the caller's included.
         modes: "dense"; "exact" too for a ReLU-gated model, and "predicted" where its file holds predictors.
+        automatic_modes: "auto", which computes each layer dense or exact, whichever costs less at the rates of a
+            sequence's first tokens; and with predictors "auto-predicted", which may choose these too.
     """
 
     def __init__(
@@ -172,6 +196,7 @@ class Engine:
         self.modes: tuple[str, ...] = ("dense", "exact") if config.sparse else ("dense",)
         if config.predictor is not None:
             self.modes += ("predicted",)
+        self.automatic_modes = _AUTOMATIC if config.predictor is not None else _AUTOMATIC[:1]
         self._model = model
         self._forward = _native.Forward(model)
 
@@ -209,13 +234,26 @@ class Engine:
             _load_tensors(file, model, compute == "f32", progress)
         return cls(config, tokenizer, model, threads, compute == "f32")
 
-    def session(self, context: int | None = None) -> Session:
-        """A new empty sequence with room for `context` tokens (default: the model's own context, at most 4096)."""
+    def session(self, context: int | None = None, cache: str | None = None) -> Session:
+        """A new empty sequence.
+
+        Args:
+            context: room in tokens; default: the model's own context, at most 4096.
+            cache: how keys and values are kept, "f16" or "q8_0"; default: f16, or f32 where all is computed in it.
+
+        Raises:
+            UserError: the model cannot have such a context or cache.
+        """
         if context is None:
             context = min(self.config.context_length, _DEFAULT_CONTEXT)
         if not 1 <= context <= self.config.context_length:
             raise UserError(f"--ctx {context}: this model was trained on at most {self.config.context_length} tokens.")
-        return Session(self, context, Type.F32 if self._exact else Type.F16)
+        if cache not in (None, *_CACHES):
+            raise UserError(f"--kv-cache {cache}: choose {' or '.join(_CACHES)}.")
+        if cache == "q8_0" and self.config.head_dim % 32:
+            raise UserError(f"--kv-cache q8_0: heads of {self.config.head_dim} are not whole blocks of 32; use f16.")
+        default = Type.F32 if self._exact else Type.F16
+        return Session(self, context, default if cache is None else _CACHES[cache])
 
     def decode_batch(self, sessions: Sequence[Session], tokens: Sequence[int], mode: str = "dense") -> Floats:
         """Read one token in each of several sessions, in one native call that reads every weight at most once.
@@ -236,11 +274,15 @@ class Engine:
             session._check((token,), mode)
         out = np.empty((len(sessions), self.config.vocab_size), np.float32)
         native = [session._native for session in sessions]
-        self._forward.decode(native, np.asarray(tokens, np.int32), mode, out.reshape(-1))
+        self._forward.decode(native, np.asarray(tokens, np.int32), self.native_mode(mode), out.reshape(-1))
         for session, token, logits in zip(sessions, tokens, out, strict=True):
             session._history.append(token)
             session._last = logits
         return out
+
+    def native_mode(self, mode: str) -> str:
+        """`mode`, or dense where an automatic one has no choice."""
+        return "dense" if mode in _AUTOMATIC and not self.config.sparse else mode
 
     @property
     def weight_bytes(self) -> int:
