@@ -126,7 +126,21 @@ def test_bench(sparse, tiny_gguf, monkeypatch):
     dense, exact, twin_run = record["runs"]
     assert exact["bytes_per_token"] < dense["bytes_per_token"] == twin_run["bytes_per_token"]
     assert record["speedup"]["exact"] == pytest.approx(exact["decode_tok_s"] / dense["decode_tok_s"])
-    assert record["speedup"]["predicted"] is None
+    assert record["speedup"]["predicted"] is None and record["batches"] == []
+
+
+def test_bench_of_several_sequences_together(sparse):
+    options = ["-n", 4, "--prompt-tokens", 8, "--repeats", 1, "--batch", "1,3"]
+    batches = turbo_json("bench", sparse, *options)["batches"]
+    assert [(each["mode"], each["sequences"]) for each in batches] == [
+        (mode, size) for size in (1, 3) for mode in ("dense", "exact")
+    ]
+    read = {(each["mode"], each["sequences"]): each["bytes_per_step"] for each in batches}
+    # Every weight once, but a row of the embedding for each sequence.
+    assert read["dense", 1] < read["dense", 3] < 1.01 * read["dense", 1]
+    assert read["exact", 1] < read["exact", 3] < read["dense", 3]
+    assert all(each["decode_tok_s"] > 0 for each in batches)
+    assert "together" in turbo("bench", sparse, *options).stdout
 
 
 def test_from_a_dense_folder_to_a_running_sparse_file(tiny_folder, tmp_path):
@@ -153,6 +167,7 @@ BAD = {
     "prompt too long": (["run", "{sparse}", "-p", "word " * 50, "--ctx", "20"], "do not fit the context of 20"),
     "a cache for other heads": (["run", "{sparse}", "-p", "x", "--kv-cache", "q8_0"], "--kv-cache q8_0"),
     "choosing while reading": (["perplexity", "{sparse}", "--data", "{text}", "--mode", "auto-predicted"], "auto-pred"),
+    "no number of sequences": (["bench", "{sparse}", "--batch", "1,x"], "--batch 1,x"),
     "empty prompt": (["run", "{sparse}", "-p", ""], "prompt is empty"),
     "not JSONL": (["perplexity", "{sparse}", "--data", "{broken}"], "broken.jsonl"),
     "missing data": (["analyze", "{sparse}", "--data", "nothing.txt"], "nothing.txt"),
