@@ -82,6 +82,10 @@ Matrix* Model::matrix_slot(const std::string& name, int64_t rows, int64_t cols) 
     } else {
       entries["ffn_down.weight"] = {&l.down, c.hidden, c.ffn};
     }
+    if (const int64_t rank = c.predictor_ranks.empty() ? 0 : c.predictor_ranks[layer]; rank > 0) {
+      entries["fc1.weight"] = {&l.fc1, rank, c.hidden};
+      entries["fc2.weight"] = {&l.fc2, c.ffn, rank};
+    }
   }
   const auto found = entries.find(part);
   if (found == entries.end()) fail("unknown matrix " + name);
@@ -138,10 +142,21 @@ void Model::set_vector(const std::string& name, const float* values, int64_t siz
   *found->second.slot = copy;
 }
 
+std::vector<double> Model::predictor_costs() const {
+  std::vector<double> costs;
+  for (const Layer& l : layers_) {
+    const auto bytes = static_cast<double>(l.fc1.rows * l.fc1.row_bytes + l.fc2.rows * l.fc2.row_bytes);
+    costs.push_back(bytes / static_cast<double>(config_.ffn * l.gate.row_bytes));
+  }
+  return costs;
+}
+
 void Model::count(bool on) {
   counts_.reset(on ? new Counts : nullptr);
   if (!on) return;
-  for (auto* counts : {&counts_->gate, &counts_->up, &counts_->h}) counts->resize(config_.layers * config_.ffn);
+  for (auto* counts : {&counts_->gate, &counts_->up, &counts_->h, &counts_->selected, &counts_->hit}) {
+    counts->resize(config_.layers * config_.ffn);
+  }
 }
 
 void Model::finish() {
@@ -150,7 +165,13 @@ void Model::finish() {
     Layer& l = layers_[i];
     const bool matrices = l.q.rows && l.k.rows && l.v.rows && l.o.rows && l.gate.rows && l.up.rows && l.down.rows;
     if (!matrices || !l.attention_norm || !l.ffn_norm) fail("a tensor of layer " + std::to_string(i) + " is missing");
-    l.sliding = config_.sliding_window > 0 && i < config_.sliding_layers.size() && config_.sliding_layers[i];
+    if (!config_.predictor_ranks.empty()) {
+      if ((config_.predictor_ranks[i] > 0) != (l.fc1.rows && l.fc2.rows)) {
+        fail("the predictor of layer " + std::to_string(i) + " is missing");
+      }
+      l.threshold = config_.predictor_thresholds[i];
+    }
+    l.sliding = config_.slides(static_cast<int64_t>(i));
   }
   const Config& c = config_;
   frequencies_ = frequencies_of(c.rope_theta, c.rope_scale, c.head_dim, rope_factors_);

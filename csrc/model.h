@@ -2,6 +2,7 @@
 // The weights of a model, packed for one instruction set, and the sizes that say how to use them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -28,14 +29,26 @@ struct Config {
   int64_t sliding_window = 0;  // 0: none
   std::vector<bool> sliding_layers;
   Activation activation = Activation::swiglu;
+  // One entry a layer, or none: the width of its predictor (0: it has none) and the score that selects a neuron.
+  std::vector<int64_t> predictor_ranks;
+  std::vector<float> predictor_thresholds;
+  bool predictor_normed = false;  // it reads the FFN's input; else the residual stream before the norm
 
   bool sparse() const { return activation == Activation::drelu || activation == Activation::reglu; }
   int64_t q_size() const { return heads * head_dim; }
   int64_t kv_size() const { return kv_heads * head_dim; }
+  bool slides(int64_t layer) const {
+    return sliding_window > 0 && layer < static_cast<int64_t>(sliding_layers.size()) && sliding_layers[layer];
+  }
+  int64_t widest_predictor() const {
+    return predictor_ranks.empty() ? 0 : *std::max_element(predictor_ranks.begin(), predictor_ranks.end());
+  }
 };
 
 struct Layer {
   Matrix q, k, v, o, gate, up, down;  // down is [ffn, hidden] (neuron by neuron) in a sparse model, else [hidden, ffn]
+  Matrix fc1, fc2;                    // the predictor, [rank, hidden] and [ffn, rank]; no rows where there is none
+  float threshold = 0;
   const float* attention_norm = nullptr;
   const float* ffn_norm = nullptr;
   // Null where the family has none.
@@ -47,6 +60,8 @@ struct Layer {
   const float* k_bias = nullptr;
   const float* v_bias = nullptr;
   bool sliding = false;
+
+  bool predicts() const { return fc1.rows > 0; }
 };
 
 class Model {
@@ -83,6 +98,9 @@ class Model {
 
   // Inputs of products are worth a second int8 term: the weights lose less than one term would.
   bool fine_inputs() const { return layers_[0].gate.type == WeightType::q8_0; }
+
+  // What the predictor of each layer costs, in rows of gate for each neuron; 0 where there is none.
+  std::vector<double> predictor_costs() const;
 
   // Neurons of a sparse FFN are summed in fixed blocks: few, so that partial sums stay small, and independent of
   // threads.

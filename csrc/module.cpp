@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "bandwidth.h"
+#include "forward.h"
 #include "model.h"
 #include "sampler.h"
 #include "session.h"
@@ -84,8 +85,15 @@ Config config_from(nb::handle source) {
   c.sliding_window = count("sliding_window");
   for (const nb::handle layer : source.attr("sliding_layers")) c.sliding_layers.push_back(nb::cast<bool>(layer));
   c.activation = activation_named(nb::cast<std::string>(source.attr("activation")));
+  if (const nb::object predictor = source.attr("predictor"); !predictor.is_none()) {
+    c.predictor_ranks = nb::cast<std::vector<int64_t>>(predictor.attr("ranks"));
+    c.predictor_thresholds = nb::cast<std::vector<float>>(predictor.attr("thresholds"));
+    c.predictor_normed = nb::cast<bool>(predictor.attr("normed"));
+  }
   if (c.layers < 1 || c.hidden < 1 || c.ffn < 1 || c.vocab < 1 || c.heads < 1 || c.kv_heads < 1 || c.head_dim < 2 ||
-      c.heads % c.kv_heads != 0 || c.head_dim % 2 != 0 || c.rope_scale <= 0) {
+      c.heads % c.kv_heads != 0 || c.head_dim % 2 != 0 || c.rope_scale <= 0 ||
+      c.predictor_ranks.size() != c.predictor_thresholds.size() ||
+      (!c.predictor_ranks.empty() && static_cast<int64_t>(c.predictor_ranks.size()) != c.layers)) {
     throw std::invalid_argument("impossible sizes");
   }
   return c;
@@ -99,16 +107,46 @@ WeightType weight_type(int type) {
   throw std::invalid_argument("no kernels for ggml type " + std::to_string(type));
 }
 
-void forward(Session& session, Tokens tokens, const std::string& mode, bool all_logits, bool decode, Output logits) {
-  const int64_t rows = all_logits ? static_cast<int64_t>(tokens.size()) : 1;
-  if (static_cast<int64_t>(logits.size()) != rows * session.vocab()) throw std::invalid_argument("wrong output size");
-  if (mode != "dense" && mode != "exact") throw std::invalid_argument("unknown mode " + mode);
-  const nb::gil_scoped_release unlocked;
-  session.forward(tokens.data(), static_cast<int64_t>(tokens.size()), mode == "exact" ? Mode::exact : Mode::dense,
-                  all_logits, decode, logits.data());
+Mode mode_named(const std::string& name) {
+  if (name == "dense") return Mode::dense;
+  if (name == "exact") return Mode::exact;
+  if (name == "predicted") return Mode::predicted;
+  if (name == "auto") return Mode::automatic;
+  if (name == "auto-predicted") return Mode::automatic_predicted;
+  throw std::invalid_argument("unknown mode " + name);
 }
 
-int64_t read_counts(Model& model, Counters gate, Counters up, Counters h, bool reset) {
+void read_tokens(Forward& forward, Session& session, Tokens tokens, const std::string& mode, bool all_logits,
+                 Output logits) {
+  const int64_t rows = all_logits ? static_cast<int64_t>(tokens.size()) : 1;
+  if (static_cast<int64_t>(logits.size()) != rows * forward.vocab()) throw std::invalid_argument("wrong output size");
+  const Mode chosen = mode_named(mode);
+  const nb::gil_scoped_release unlocked;
+  forward.read(session, tokens.data(), static_cast<int64_t>(tokens.size()), chosen, all_logits, logits.data());
+}
+
+void decode_tokens(Forward& forward, const std::vector<Session*>& sessions, Tokens tokens, const std::string& mode,
+                   Output logits) {
+  if (sessions.size() != tokens.size()) throw std::invalid_argument("one token a session");
+  if (logits.size() != sessions.size() * static_cast<size_t>(forward.vocab())) {
+    throw std::invalid_argument("wrong output size");
+  }
+  const Mode chosen = mode_named(mode);
+  const nb::gil_scoped_release unlocked;
+  forward.decode(sessions.data(), tokens.data(), static_cast<int64_t>(sessions.size()), chosen, logits.data());
+}
+
+// How each layer is computed in the automatic modes.
+std::vector<std::string> choices(const Session& session) {
+  std::vector<std::string> names;
+  for (size_t layer = 0; layer < session.layers(); ++layer) {
+    const Mode mode = session.choice().of(static_cast<int64_t>(layer));
+    names.emplace_back(mode == Mode::dense ? "dense" : mode == Mode::exact ? "exact" : "predicted");
+  }
+  return names;
+}
+
+int64_t read_counts(Model& model, Counters gate, Counters up, Counters h, Counters selected, Counters hit, bool reset) {
   const nb::gil_scoped_release unlocked;
   const std::lock_guard<std::mutex> lock(model.busy());
   const Counts* counts = model.counts();
@@ -120,6 +158,8 @@ int64_t read_counts(Model& model, Counters gate, Counters up, Counters h, bool r
   copy(counts->gate, gate);
   copy(counts->up, up);
   copy(counts->h, h);
+  copy(counts->selected, selected);
+  copy(counts->hit, hit);
   const int64_t tokens = counts->tokens;
   if (reset) model.count(true);
   return tokens;
@@ -133,7 +173,7 @@ nb::tuple read_traffic(Model& model, bool reset) {
     t = model.traffic();
     if (reset) model.traffic() = Traffic{};
   }
-  return nb::make_tuple(t.tokens, t.bytes, t.active_neurons, t.open_gates);
+  return nb::make_tuple(t.tokens, t.bytes, t.active_neurons, t.open_gates, t.selected_neurons);
 }
 
 int32_t sample_from(Floats logits, const SamplingParams& params, const std::vector<int32_t>& history,
@@ -152,7 +192,7 @@ int32_t sample_from(Floats logits, const SamplingParams& params, const std::vect
 NB_MODULE(_native, m) {
   using namespace turbosparse;
   m.doc() = "The native CPU engine of TurboSparse.";
-  m.attr("PREFILL_BLOCK") = kPrefillBlock;
+  m.attr("PREFILL_BLOCK") = kMostRows;
   m.def("isas", &isas);
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "passes"_a = 5,
         nb::call_guard<nb::gil_scoped_release>());
@@ -200,7 +240,7 @@ NB_MODULE(_native, m) {
             self.count(on);
           },
           "on"_a)
-      .def("read_counts", &read_counts, "gate"_a, "up"_a, "h"_a, "reset"_a)
+      .def("read_counts", &read_counts, "gate"_a, "up"_a, "h"_a, "selected"_a, "hit"_a, "reset"_a)
       .def("read_traffic", &read_traffic, "reset"_a)
       .def_prop_ro("isa", [](Model& self) { return std::string(self.kernels().isa); })
       .def_prop_ro("weight_bytes", &Model::weight_bytes);
@@ -208,12 +248,21 @@ NB_MODULE(_native, m) {
   nb::class_<Session>(m, "Session")
       .def(
           "__init__",
-          [](Session* self, std::shared_ptr<Model> model, int64_t context) { new (self) Session(model, context); },
-          "model"_a, "context"_a)
-      .def("forward", &forward, "tokens"_a, "mode"_a, "all_logits"_a, "decode"_a, "logits"_a)
+          [](Session* self, std::shared_ptr<Model> model, int64_t context, int cache_type) {
+            new (self) Session(model, context, weight_type(cache_type));
+          },
+          "model"_a, "context"_a, "cache_type"_a)
       .def("truncate", &Session::truncate, "position"_a)
       .def_prop_ro("position", &Session::position)
-      .def_prop_ro("context", &Session::context);
+      .def_prop_ro("context", &Session::context)
+      .def_prop_ro("cache_bytes", &Session::cache_bytes)
+      .def_prop_ro("choices", &choices);
+
+  nb::class_<Forward>(m, "Forward")
+      .def(
+          "__init__", [](Forward* self, std::shared_ptr<Model> model) { new (self) Forward(model); }, "model"_a)
+      .def("read", &read_tokens, "session"_a, "tokens"_a, "mode"_a, "all_logits"_a, "logits"_a)
+      .def("decode", &decode_tokens, "sessions"_a, "tokens"_a, "mode"_a, "logits"_a);
 
   m.def(
       "sample",

@@ -7,15 +7,19 @@ template. tests/conftest.py offers them as session fixtures, so that each is mad
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from turbosparse.model.gguf import GGUFFile
 from turbosparse.model.pretokenizers import PRE_TOKENIZERS
 from turbosparse.relufy.drelu import FAMILIES as SPARSE
 
@@ -129,3 +133,64 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
                 parameter.add_(0.1 * noise)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+
+
+def copy_metadata(file: GGUFFile, writer: gguf.GGUFWriter) -> None:
+    """Give a writer of the same architecture the keys of a file."""
+    for key, value in file.metadata.items():
+        if key == "general.architecture":
+            continue
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, list(value))
+
+
+@dataclass(frozen=True)
+class TinyPredictor:
+    """Predictors: fc1 [rank, hidden], fc2 [ffn, rank] and a threshold a layer; None for a layer without one."""
+
+    layers: list[tuple[np.ndarray, np.ndarray, float] | None]
+    normed: bool
+
+
+def add_predictor(source: Path, out: Path, predictor: TinyPredictor, kind: gguf.GGMLQuantizationType) -> Path:
+    """Write the sparse file `source` again with predictors, stored as `kind`."""
+    with GGUFFile.open(source) as file:
+        writer = gguf.GGUFWriter(out, "turbosparse")
+        copy_metadata(file, writer)
+        ranks = [0 if layer is None else len(layer[0]) for layer in predictor.layers]
+        writer.add_array("turbosparse.predictor.rank", ranks)
+        writer.add_array(
+            "turbosparse.predictor.threshold", [0.0 if layer is None else layer[2] for layer in predictor.layers]
+        )
+        writer.add_string("turbosparse.predictor.input", "normed" if predictor.normed else "residual")
+        for name, tensor in file.tensors.items():
+            rows = tensor.data.reshape(*tensor.shape[:-1], -1)
+            writer.add_tensor(name, rows if tensor.type != 0 else rows.view(np.float32), raw_dtype=tensor.type)
+        for index, layer in enumerate(predictor.layers):
+            for name, matrix in zip(("fc1", "fc2"), layer[:2] if layer else (), strict=False):
+                stored = gguf.quants.quantize(matrix.astype(np.float32), kind)
+                writer.add_tensor(f"blk.{index}.{name}.weight", stored, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return out
+
+
+def random_predictor(layers: int, hidden: int, ffn: int, rank: int, normed: bool, without: int = -1) -> TinyPredictor:
+    """Predictors that know nothing and select about a half of the neurons; layer `without` has none."""
+    rng = np.random.default_rng(rank)
+    made: list[tuple[np.ndarray, np.ndarray, float] | None] = []
+    for index in range(layers):
+        fc1 = rng.standard_normal((rank, hidden)) / hidden**0.5
+        fc2 = rng.standard_normal((ffn, rank)) / rank**0.5
+        made.append(None if index == without else (fc1, fc2, 0.05 * (index + 1)))
+    return TinyPredictor(made, normed)

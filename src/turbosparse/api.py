@@ -51,7 +51,8 @@ def generate(
         prompt: plain text; what looks like a control token in it is text.
         max_tokens: at most this many.
         params: how tokens are drawn; default: always the likeliest.
-        mode: "dense" or "exact"; default: exact where the model allows it. Both give the same text.
+        mode: "dense" or "exact", which give the same text, or "predicted" where the file holds predictors; default:
+            auto, which is whichever of the first two costs less.
         stop: strings that end the text; they are not part of it.
 
     Raises:
@@ -59,8 +60,7 @@ def generate(
     """
     from turbosparse.engine import generate as stream
 
-    chosen = mode or ("exact" if "exact" in engine.modes else "dense")
-    chunks = stream(engine, engine.tokenizer.encode(prompt), params, max_tokens, chosen, stop)
+    chunks = stream(engine, engine.tokenizer.encode(prompt), params, max_tokens, mode or "auto", stop)
     return (chunk.text for chunk in chunks)
 
 

@@ -25,6 +25,19 @@ def test_the_mean_is_over_layers():
     assert [layer.h for layer in report.layers] == [0.0, 1.0] and report.mean("h") == 0.5
 
 
+def test_selection_and_recall():
+    h = np.array([[10, 0, 5, 5], [10, 0, 0, 0], [0, 0, 0, 0]])
+    selected = np.array([[10, 10, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
+    hit = np.array([[10, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    report = summarise(10, h, h, h, selected, hit)
+    layer, without, silent = report.layers
+    assert (layer.selected, layer.recall) == (0.5, 0.5)
+    assert (without.selected, without.recall) == (None, None)  # no predictor there
+    assert (silent.selected, silent.recall) == (0.025, None)
+    assert report.to_json()["predictor"] == {"selected": 0.5, "recall": 0.5}
+    assert summarise(10, h, h, h).to_json()["predictor"] is None
+
+
 def test_nothing_counted():
     with pytest.raises(ValueError, match="nothing"):
         summarise(0, *[np.zeros((1, 1), np.int64)] * 3)

@@ -126,7 +126,21 @@ def test_bench(sparse, tiny_gguf, monkeypatch):
     dense, exact, twin_run = record["runs"]
     assert exact["bytes_per_token"] < dense["bytes_per_token"] == twin_run["bytes_per_token"]
     assert record["speedup"]["exact"] == pytest.approx(exact["decode_tok_s"] / dense["decode_tok_s"])
-    assert record["speedup"]["predicted"] is None
+    assert record["speedup"]["predicted"] is None and record["batches"] == []
+
+
+def test_bench_of_several_sequences_together(sparse):
+    options = ["-n", 4, "--prompt-tokens", 8, "--repeats", 1, "--batch", "1,3"]
+    batches = turbo_json("bench", sparse, *options)["batches"]
+    assert [(each["mode"], each["sequences"]) for each in batches] == [
+        (mode, size) for size in (1, 3) for mode in ("dense", "exact")
+    ]
+    read = {(each["mode"], each["sequences"]): each["bytes_per_step"] for each in batches}
+    # Every weight once, but a row of the embedding for each sequence.
+    assert read["dense", 1] < read["dense", 3] < 1.01 * read["dense", 1]
+    assert read["exact", 1] < read["exact", 3] < read["dense", 3]
+    assert all(each["decode_tok_s"] > 0 for each in batches)
+    assert "together" in turbo("bench", sparse, *options).stdout
 
 
 def test_from_a_dense_folder_to_a_running_sparse_file(tiny_folder, tmp_path):
@@ -151,6 +165,9 @@ BAD = {
     "a folder": (["run", "{folder}", "-p", "x"], "turbosparse export"),
     "exact on dense": (["run", "{dense}", "-p", "x", "--mode", "exact"], "mode exact"),
     "prompt too long": (["run", "{sparse}", "-p", "word " * 50, "--ctx", "20"], "do not fit the context of 20"),
+    "a cache for other heads": (["run", "{sparse}", "-p", "x", "--kv-cache", "q8_0"], "--kv-cache q8_0"),
+    "choosing while reading": (["perplexity", "{sparse}", "--data", "{text}", "--mode", "auto-predicted"], "auto-pred"),
+    "no number of sequences": (["bench", "{sparse}", "--batch", "1,x"], "--batch 1,x"),
     "empty prompt": (["run", "{sparse}", "-p", ""], "prompt is empty"),
     "not JSONL": (["perplexity", "{sparse}", "--data", "{broken}"], "broken.jsonl"),
     "missing data": (["analyze", "{sparse}", "--data", "nothing.txt"], "nothing.txt"),
@@ -167,6 +184,8 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(case, tiny_gguf, tiny_folder,
     names = {"sparse": sparse, "dense": tiny_gguf("llama", "dense", "q8_0"), "folder": tiny_folder("llama")}
     names |= {"junk": tmp_path / "junk.gguf", "truncated": tmp_path / "truncated.gguf", "new": tmp_path / "new"}
     names |= {"broken": tmp_path / "broken.jsonl", "empty": tmp_path / "empty", "recipe": tmp_path / "recipe.yaml"}
+    names["text"] = tmp_path / "text.txt"
+    names["text"].write_text("some words to read")
     names["junk"].write_bytes(b"no model at all")
     names["truncated"].write_bytes(sparse.read_bytes()[:-1000])
     names["broken"].write_text('{"text": "fine"}\nnot json\n')
@@ -185,9 +204,49 @@ def test_a_wrong_option_is_exit_code_2(sparse):
 
 def test_synth_writes_a_model_that_bench_calls_synthetic(tmp_path):
     out = tmp_path / "small.gguf"
-    record = turbo_json("synth", out, "--shape", "smollm2-135m", "--layers", 1)
-    assert record["measured"]["sparsity"] == pytest.approx(0.9, abs=0.015)
+    record = turbo_json("synth", out, "--shape", "smollm2-135m", "--layers", 3)
+    measured = record["measured"]
+    assert measured["sparsity"] == pytest.approx(0.9, abs=0.02) and measured["gate_rate"] == pytest.approx(
+        0.25, abs=0.03
+    )
+    assert measured["selected"] == pytest.approx(1.2, abs=0.06) and 0.9 < measured["recall"] <= 1
+    assert measured["predictor_share"] == pytest.approx(0.06, abs=0.01)
     assert record["file_bytes"] == out.stat().st_size
     bench = turbo_json("bench", out, "--repeats", 1, "-n", 4, "--prompt-tokens", 8)
     assert bench["synthetic"] and all(run["synthetic"] for run in bench["runs"])
+    modes = {run["mode"]: run for run in bench["runs"]}
+    assert list(modes) == ["dense", "exact", "predicted"] and bench["speedup"]["predicted"] > 0
+    assert modes["predicted"]["bytes_per_token"] < modes["exact"]["bytes_per_token"]
+    assert 0.08 < modes["predicted"]["selected"] < 0.2 and modes["exact"]["selected"] is None
     assert "synthetic" in turbo("bench", out, "--repeats", 1, "-n", 4, "--prompt-tokens", 8).stdout
+
+
+def test_predicted_mode_in_every_command(tmp_path, text):
+    out = tmp_path / "small.gguf"
+    turbo("synth", out, "--shape", "smollm2-135m", "--layers", 2)
+    info = turbo_json("info", out)["predictor"]
+    assert info["input"] == "normed" and info["layers"] == 2 and info["share"] == pytest.approx(0.06, abs=0.01)
+    assert "of the FFN's bytes" in turbo("info", out).stdout
+    run = turbo_json("run", out, "-p", "the quick", "-n", 6, "--ignore-eos", "--mode", "predicted")
+    assert run["mode"] == "predicted" and 0 < run["selected"] < 0.3
+    shown = turbo("run", out, "-p", "the quick", "-n", 6, "--ignore-eos", "--mode", "predicted").stderr
+    assert "[predicted]" in shown and "selected" in shown
+    auto = turbo_json("run", out, "-p", "the quick", "-n", 24, "--ignore-eos", "--mode", "auto-predicted")
+    assert auto["mode"] == "predicted"
+    half = turbo_json("run", out, "-p", "the quick", "-n", 24, "--ignore-eos", "--kv-cache", "q8_0")
+    assert half["mode"] == "exact" and half["kv_cache_bytes"] / auto["kv_cache_bytes"] == pytest.approx(
+        17 / 32, rel=0.01
+    )
+    perplexity = turbo_json("perplexity", out, "--data", text, "--mode", "predicted", "--limit", 40)
+    exact = turbo_json("perplexity", out, "--data", text, "--mode", "exact", "--limit", 40)
+    assert perplexity["mode"] == "predicted" and perplexity["tokens"] == exact["tokens"]
+    assert perplexity["nats_per_token"] != exact["nats_per_token"]
+    report = turbo_json("analyze", out, "--data", text, "--limit", 60)
+    assert 0.05 < report["predictor"]["selected"] < 0.25 and 0.8 < report["predictor"]["recall"] <= 1
+    assert report["layers"][1]["recall"] > 0.8
+    assert "recall" in turbo("analyze", out, "--data", text, "--limit", 60).stdout
+    plain = tmp_path / "plain.gguf"
+    turbo("synth", plain, "--shape", "smollm2-135m", "--layers", 1, "--predictor-share", 0)
+    assert turbo_json("info", plain)["predictor"] is None
+    assert "mode predicted" in turbo("run", plain, "-p", "x", "--mode", "predicted", code=2).stderr
+    assert "--selected" in turbo("synth", plain, "--shape", "smollm2-135m", "--selected", 0.5, code=2).stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import FAMILY_NAMES
+from factories import FAMILY_NAMES, copy_metadata
 from transformers import AutoModelForCausalLM
 
 import turbosparse  # noqa: F401  registers the sparse model types
@@ -197,7 +197,7 @@ def test_other_quantisations_are_converted_at_load_with_progress(tiny_folder, tm
     export_gguf(tiny_folder("qwen2"), source, "f32")
     path = tmp_path / "q4_1.gguf"
     with GGUFFile.open(source) as file:
-        rewrite(file, path, gguf.GGMLQuantizationType.Q4_1)
+        rewrite(file, path, lambda _: gguf.GGMLQuantizationType.Q4_1)
     seen = []
     exact = Engine.load(path, compute="f32", progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] > 0 and seen == sorted(seen)
@@ -207,30 +207,36 @@ def test_other_quantisations_are_converted_at_load_with_progress(tiny_folder, tm
     assert 0 < error.max() < 0.1  # 8-bit activations and weights: about 1 % a product, over two layers
 
 
+def test_a_matrix_without_blocks_beside_fine_inputs_is_multiplied_once(tiny_folder, tmp_path):
+    """Q8_0 matrices take inputs in two int8 terms; an F16 one takes the input itself, and not the second term too."""
+    import gguf
+
+    from turbosparse.model.export import export_gguf
+    from turbosparse.model.gguf import GGUFFile
+
+    source, path = tmp_path / "f32.gguf", tmp_path / "mixed.gguf"
+    export_gguf(tiny_folder("qwen2"), source, "f32")
+    kinds = gguf.GGMLQuantizationType
+    with GGUFFile.open(source) as file:
+        rewrite(file, path, lambda name: kinds.F16 if name == "token_embd.weight" else kinds.Q8_0)
+    exact, fast = (Engine.load(path, compute=compute).session().logits(TOKENS) for compute in ("f32", "int8"))
+    error = np.linalg.norm(exact - fast, axis=-1) / np.linalg.norm(exact, axis=-1)
+    assert error.max() < 1e-3
+
+
 def rewrite(file, path, kind) -> None:
-    """Write a GGUF file again with its matrices in another type."""
+    """Write a GGUF file again with its matrices in other types, `kind(name)`."""
     import gguf
 
     writer = gguf.GGUFWriter(path, file.metadata["general.architecture"])
-    for key, value in file.metadata.items():
-        if key == "general.architecture":
-            continue
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, list(value))
+    copy_metadata(file, writer)
     for name, tensor in file.tensors.items():
         values = np.frombuffer(tensor.data, np.float32).reshape(tensor.shape)
         if values.ndim == 1:
             writer.add_tensor(name, values)
         else:
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            to = kind(name)
+            writer.add_tensor(name, gguf.quants.quantize(values, to), raw_dtype=to)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -281,8 +287,24 @@ def test_what_is_kept_of_a_cache_keeps_its_bits(tiny_gguf, family, kept):
     other = TOKENS[:kept] + [token + 1 for token in TOKENS[kept:]]
     session = engine.session()
     session.prefill(TOKENS)
-    assert session.keep_prefix(other) == kept == session.position
-    assert equal_bits(session.logits(other[kept:]), engine.session().logits(other)[kept:])
+    # A window that has moved on too far begins anew.
+    reached = kept if family == "llama" or len(TOKENS) - kept <= _native.PREFILL_BLOCK else 0
+    assert session.keep_prefix(other) == reached == session.position
+    assert equal_bits(session.logits(other[reached:]), engine.session().logits(other)[reached:])
+
+
+def test_a_window_that_went_back_twice_keeps_its_bits(tiny_gguf):
+    """Cells that a longer text has overwritten stay lost after going back a little and forth again."""
+    engine = Engine.load(tiny_gguf("gemma3", "drelu", "q8_0"))
+    tokens = [*TOKENS, *TOKENS]
+    session = engine.session()
+    session.prefill(tokens)
+    back = len(tokens) - 60
+    assert session.truncate(back) == back
+    session.prefill(tokens[back : back + 10])
+    assert session.truncate(back - 20) == 0  # within 64 of the position, but not of the furthest one
+    again = session.logits(tokens[: back - 20])
+    assert equal_bits(again, engine.session().logits(tokens[: back - 20]))
 
 
 def test_one_token_is_left_to_read_and_a_cache_grows_only_by_reading(tiny_gguf):

@@ -30,6 +30,9 @@ def chart(report: SparsityReport) -> Table:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for name in ("gate ≤ 0", "up ≤ 0", "hot", "cold", "never"):
         table.add_column(name, justify="right")
+    predictor = report.predictor
+    for name in ("selected", "recall") if predictor else ():
+        table.add_column(name, justify="right")
     for layer in report.layers:
         table.add_row(*_cells(layer))
     table.add_section()
@@ -39,13 +42,16 @@ def chart(report: SparsityReport) -> Table:
         f"[bold]{report.mean('h'):.1%}[/]",
         f"{report.mean('gate'):.1%}",
         f"{report.mean('up'):.1%}",
+        *(("", "", "", *(f"{share:.1%}" for share in predictor.values())) if predictor else ()),
     )
     return table
 
 
 def _cells(layer: LayerSparsity) -> tuple[str, ...]:
     shares = (f"{layer.h:.1%}", f"{layer.gate:.1%}", f"{layer.up:.1%}")
-    return (str(layer.layer), _coloured_bar(1 - layer.h), *shares, str(layer.hot), str(layer.cold), str(layer.never))
+    prediction = (f"{share:.1%}" for share in (layer.selected, layer.recall) if share is not None)
+    rest = (str(layer.hot), str(layer.cold), str(layer.never), *prediction)
+    return (str(layer.layer), _coloured_bar(1 - layer.h), *shares, *rest)
 
 
 def _coloured_bar(share: float) -> str:

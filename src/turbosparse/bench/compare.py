@@ -16,8 +16,8 @@ from typing import Protocol
 class Sample:
     """One timed pass: a prompt, then tokens decoded one by one. Times in seconds.
 
-    `bytes_read` counts the weights read while decoding, `zeros` is the sparsity of h while decoding (0..1);
-    None where a contestant cannot tell.
+    `bytes_read` counts the weights read while decoding, `zeros` is the sparsity of h and `selected` the share of
+    neurons that predictors selected while decoding (0..1); None where a contestant cannot tell or has no predictor.
     """
 
     prompt_tokens: int
@@ -26,6 +26,7 @@ class Sample:
     decode_seconds: float
     bytes_read: int | None = None
     zeros: float | None = None
+    selected: float | None = None
 
 
 class Contestant(Protocol):
@@ -49,6 +50,7 @@ class Run:
     bytes_per_token: float | None
     gb_s: float | None
     sparsity: float | None
+    selected: float | None = None
 
 
 def summarize(mode: str, samples: Sequence[Sample]) -> Run:
@@ -56,6 +58,7 @@ def summarize(mode: str, samples: Sequence[Sample]) -> Run:
     decode = statistics.median(sample.decode_tokens / sample.decode_seconds for sample in samples)
     read = [sample.bytes_read / sample.decode_tokens for sample in samples if sample.bytes_read is not None]
     zeros = [sample.zeros for sample in samples if sample.zeros is not None]
+    selected = [sample.selected for sample in samples if sample.selected is not None]
     bytes_per_token = statistics.median(read) if read else None
     return Run(
         mode=mode,
@@ -64,6 +67,7 @@ def summarize(mode: str, samples: Sequence[Sample]) -> Run:
         bytes_per_token=bytes_per_token,
         gb_s=None if bytes_per_token is None else bytes_per_token * decode / 1e9,
         sparsity=statistics.median(zeros) if zeros else None,
+        selected=statistics.median(selected) if selected else None,
     )
 
 

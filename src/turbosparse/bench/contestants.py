@@ -31,4 +31,6 @@ class EngineMode:
             session.decode(session.sample(greedy), self._mode)
         done = time.perf_counter()
         traffic = self._engine.traffic(reset=True)
-        return Sample(len(prompt), read - started, decode_tokens, done - begun, traffic.bytes, traffic.sparsity)
+        return Sample(
+            len(prompt), read - started, decode_tokens, done - begun, traffic.bytes, traffic.sparsity, traffic.selected
+        )

@@ -14,6 +14,8 @@ from turbosparse.cli.loading import load_engine
 from turbosparse.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from turbosparse.bench.compare import Run
     from turbosparse.engine import Engine
 
@@ -40,17 +42,23 @@ def command(
     against: Annotated[
         list[Against] | None, typer.Option("--against", help="Another engine, on the dense twin; repeatable.")
     ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option("--batch", metavar="N,N...", help="Also decode so many sequences together: 1,2,4,8,16."),
+    ] = None,
     compute: options.ComputeOption = options.Compute.int8,
     isa: options.IsaOption = None,
     json: options.Json = False,
 ) -> None:
     """Time the modes of a model in one run: interleaved, medians."""
+    from turbosparse.bench.batch import EngineBatch, throughput
     from turbosparse.bench.compare import Contestant, compare, speedup
     from turbosparse.bench.contestants import EngineMode
     from turbosparse.bench.machine import busy_share, peak_memory_bytes
     from turbosparse.bench.peers import Peer
     from turbosparse.bench.twin import dense_twin_of
 
+    sizes = batch_sizes(batch)
     busy = busy_share()
     if busy > _BUSY:
         output.notice(f"warning: other work takes {output.percent(busy)} of this machine; the figures will be low.")
@@ -71,6 +79,10 @@ def command(
             contestants.append(peer)
         with output.progress("timing") as report:
             runs = compare(contestants, prompt, tokens, repeats, report)
+        with output.progress("timing sequences together") as report:
+            batches = [EngineBatch(engine, mode, size) for size in sizes for mode in engine.modes]
+            timed = compare(batches, prompt, tokens, repeats, report) if batches else []
+        together = [throughput(run, each.sequences) for run, each in zip(timed, batches, strict=True)]
     peak = peak_memory_bytes()  # before the read limit is measured, which takes a buffer of its own
     record = {
         "model": model,
@@ -80,6 +92,7 @@ def command(
         "repeats": repeats,
         "synthetic": engine.config.synthetic,
         "runs": [vars(run) | ({"synthetic": True} if engine.config.synthetic else {}) for run in runs],
+        "batches": [vars(each) | ({"synthetic": True} if engine.config.synthetic else {}) for each in together],
         "speedup": {"exact": speedup(runs, "exact"), "predicted": speedup(runs, "predicted")},
         "peak_memory_bytes": peak,
     }
@@ -87,6 +100,18 @@ def command(
         output.emit(record)
     else:
         show(record, runs)
+
+
+def batch_sizes(text: str | None) -> list[int]:
+    """The numbers of `--batch`.
+
+    Raises:
+        UserError: they are not whole numbers from 1 to 256.
+    """
+    parts = text.split(",") if text is not None else []
+    if not all(part.strip().isdecimal() and 1 <= int(part) <= 256 for part in parts):
+        raise UserError(f"--batch {text}: give numbers of sequences from 1 to 256, such as 1,2,4,8,16.")
+    return [int(part) for part in parts]
 
 
 def _check(engine: Engine, prompt_tokens: int, tokens: int, vocabulary: int) -> None:
@@ -142,16 +167,32 @@ def show(record: dict[str, Any], runs: list[Run]) -> None:
         )
     console = output.stdout_console()
     console.print(table)
-    limit, exact = record["machine"]["read_gb_s"], record["speedup"]["exact"]
+    if record["batches"]:
+        console.print(_batches(record["batches"]))
+    limit = record["machine"]["read_gb_s"]
     console.print(f"this machine reads {output.number(limit)} GB/s from memory; peak memory {peak(record)}")
-    if exact:
-        console.print(f"exact is {exact:.2f} times as fast as dense")
+    for mode, times in record["speedup"].items():
+        if times is not None:
+            console.print(f"{mode} is {times:.2f} times as fast as dense")
     for peer in PEERS:
         for run in runs:
             if (times := speedup(runs, run.mode, over=peer)) is not None and run.mode not in PEERS:
                 console.print(f"{run.mode} is {times:.2f} times as fast as {peer} on the dense twin")
     if record["synthetic"]:
         console.print("synthetic weights: these figures are about speed alone")
+
+
+def _batches(batches: list[dict[str, Any]]) -> Table:
+    """Tokens/s of all sequences together: a row a mode, a column a number of sequences."""
+    from rich.table import Table
+
+    sizes = list(dict.fromkeys(each["sequences"] for each in batches))
+    table = Table(title="decode tok/s of several sequences together")
+    for name in ("mode", *map(str, sizes)):
+        table.add_column(name, justify="left" if name == "mode" else "right")
+    for mode in dict.fromkeys(each["mode"] for each in batches):
+        table.add_row(mode, *(output.number(each["decode_tok_s"]) for each in batches if each["mode"] == mode))
+    return table
 
 
 def peak(record: dict[str, Any]) -> str:

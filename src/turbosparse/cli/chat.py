@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turbosparse.cli import options, output
-from turbosparse.cli.loading import choose_mode, load_engine
+from turbosparse.cli.loading import load_engine
 from turbosparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def command(
     stop: options.Stop = None,
     threads: options.Threads = None,
     ctx: options.ContextLength = None,
+    kv_cache: options.KvCacheOption = None,
     compute: options.ComputeOption = options.Compute.int8,
     isa: options.IsaOption = None,
 ) -> None:
@@ -39,7 +40,7 @@ def command(
 
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     engine = load_engine(model, threads, compute, isa)
-    chat = Conversation(engine, engine.session(ctx), choose_mode(engine, mode), params, tokens, stop or [], system)
+    chat = Conversation(engine, engine.session(ctx, kv_cache), mode.value, params, tokens, stop or [], system)
     interactive = sys.stdin.isatty()
     if interactive:
         output.notice(_HELP)

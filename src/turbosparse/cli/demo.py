@@ -24,6 +24,7 @@ _EVERY = 2
 """Every second window of the sample is read: all of it, in each mode, takes two cores about the minute that a demo has.
 Not its first half, which is another text: the sample holds web pages first, then code, then mathematics."""
 _REPEATS = 3
+_MODES = ("dense", "exact")
 
 
 def command(
@@ -77,7 +78,7 @@ def _read_sample(console: Console, engine: Engine, data: Path) -> tuple[dict[str
     pieces = engine_windows(engine, data)[::_EVERY]
     total = sum(len(piece) - 1 for piece in pieces)
     perplexity = {}
-    for mode in engine.modes:
+    for mode in _MODES:
         engine.count_activations(mode == "dense")
         with output.progress(f"reading {data.name}, {mode}") as report:
             result = perplexity_engine(engine, pieces, mode, lambda done, _, report=report: report(done, total))  # type: ignore[misc]
@@ -99,9 +100,9 @@ def _compare(console: Console, engine: Engine, perplexity: dict[str, float], tok
     prompt = engine.tokenizer.encode(_QUESTION)
     texts = {
         mode: [chunk.token for chunk in generate(engine, prompt, max_tokens=_ANSWER_TOKENS, mode=mode, ignore_eos=True)]
-        for mode in engine.modes
+        for mode in _MODES
     }
-    runs = compare([EngineMode(engine, mode) for mode in engine.modes], prompt, _ANSWER_TOKENS, _REPEATS)
+    runs = compare([EngineMode(engine, mode) for mode in _MODES], prompt, _ANSWER_TOKENS, _REPEATS)
     table = _table(tokens, f"{cpu_name()}, {engine.threads} threads, {engine.isa}")
     for run in runs:
         table.add_row(

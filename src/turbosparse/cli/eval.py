@@ -11,7 +11,7 @@ import typer
 
 from turbosparse.cli import options, output
 from turbosparse.cli.extras import extra
-from turbosparse.cli.loading import choose_mode, load_engine
+from turbosparse.cli.loading import load_engine, reading_mode
 from turbosparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class _How:
         from turbosparse.model.resolve import resolve_gguf
 
         engine = load_engine(name, self.threads, self.compute, self.isa)
-        mode = choose_mode(engine, self.mode)
+        mode = reading_mode(engine, self.mode)
         settings = {"limit": self.limit, "compute": self.compute.value, "files": _stamp(resolve_gguf(name))}
         return EngineLM(engine, mode), Scores(name, mode, settings)
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from turbosparse.cli import output
 from turbosparse.cli.options import Json, Model
+
+if TYPE_CHECKING:
+    from turbosparse.model.config import ModelConfig
+    from turbosparse.model.gguf import GGUFTensor
 
 
 def command(model: Model, json: Json = False) -> None:
@@ -21,8 +27,29 @@ def command(model: Model, json: Json = False) -> None:
     table = Table(show_header=False, box=None)
     for key, value in record.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        if isinstance(value, dict):
+            shown = f"ranks {value['ranks'][0]} to {value['ranks'][1]}, {value['share']:.1%} of the FFN's bytes"
         table.add_row(key.replace("_", " "), "-" if value is None else shown)
     output.stdout_console().print(table)
+
+
+def _predictor(config: ModelConfig, tensors: Mapping[str, GGUFTensor]) -> dict[str, Any] | None:
+    """Predictors of a file: what they read, the widths of those layers that have one, and their share of FFN bytes."""
+    if config.predictor is None:
+        return None
+    parts: dict[str, int] = {"fc": 0, "ffn": 0}
+    for name, tensor in tensors.items():
+        part = re.match(r"blk\.\d+\.(fc|ffn)(?!_norm)", name)
+        if part is not None:
+            parts[part[1]] += tensor.data.size
+    ranks = [rank for rank in config.predictor.ranks if rank > 0]
+    return {
+        "input": "normed" if config.predictor.normed else "residual",
+        "layers": len(ranks),
+        "ranks": [min(ranks), max(ranks)],
+        "bytes": parts["fc"],
+        "share": parts["fc"] / parts["ffn"],
+    }
 
 
 def describe(path: str) -> dict[str, Any]:
@@ -53,6 +80,6 @@ def describe(path: str) -> dict[str, Any]:
             "parameters": sum(weights.values()),
             "quant": weights.most_common(1)[0][0],
             "file_bytes": file.file_bytes,
-            "predictor": None,
+            "predictor": _predictor(config, file.tensors),
             "synthetic": config.synthetic,
         }

@@ -25,8 +25,8 @@ def load_engine(model: str, threads: int | None, compute: Compute = Compute.int8
         return Engine.load(path, threads, compute.value, isa.value if isa else None, report)
 
 
-def choose_mode(engine: Engine, mode: Mode) -> str:
-    """`auto` is exact where the file allows it, because it computes the same with less work."""
+def reading_mode(engine: Engine, mode: Mode) -> str:
+    """For text that is read and not continued `auto` is exact where the file allows it: the same with less work."""
     if mode is Mode.auto:
         return "exact" if "exact" in engine.modes else "dense"
     return mode.value

@@ -10,11 +10,13 @@ import typer
 
 
 class Mode(StrEnum):
-    """Which neurons are computed. `auto`: exact where the file allows it (ReLU-gated), else dense."""
+    """Which neurons are computed. `auto`: each layer dense or exact, whichever costs less; the result is the same."""
 
     auto = "auto"
     dense = "dense"
     exact = "exact"
+    predicted = "predicted"
+    auto_predicted = "auto-predicted"
 
 
 class Compute(StrEnum):
@@ -22,6 +24,13 @@ class Compute(StrEnum):
 
     int8 = "int8"
     f32 = "f32"
+
+
+class KvCache(StrEnum):
+    """How keys and values are kept: q8_0 takes 17/32 of f16."""
+
+    f16 = "f16"
+    q8_0 = "q8_0"
 
 
 class Isa(StrEnum):
@@ -42,7 +51,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Data = Annotated[
     Path, typer.Option("--data", metavar="FILE", help="Text: .txt, .jsonl (field `text`), or either with .zst.")
 ]
-ModeOption = Annotated[Mode, typer.Option("--mode", rich_help_panel=_ENGINE, help="Which neurons are computed.")]
+ModeOption = Annotated[
+    Mode, typer.Option("--mode", rich_help_panel=_ENGINE, help="Which neurons are computed; see docs/usage.md.")
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, max=1024, rich_help_panel=_ENGINE, help="Default: all cores.")
 ]
@@ -50,6 +61,14 @@ ContextLength = Annotated[
     int | None,
     typer.Option(
         "--ctx", min=1, rich_help_panel=_ENGINE, help="Context in tokens. Default: the model's, at most 4096."
+    ),
+]
+KvCacheOption = Annotated[
+    KvCache | None,
+    typer.Option(
+        "--kv-cache",
+        rich_help_panel=_ENGINE,
+        help="Storage of keys and values. Default: f16; f32 with --compute f32.",
     ),
 ]
 ComputeOption = Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from turbosparse.cli import options, output
-from turbosparse.cli.loading import choose_mode, load_engine
+from turbosparse.cli.loading import load_engine, reading_mode
 from turbosparse.errors import UserError
 
 
@@ -36,7 +36,7 @@ def command(
         pieces = engine_windows(engine, data, limit)
         total = sum(len(piece) - 1 for piece in pieces)
         with output.progress("reading") as report:
-            chosen = choose_mode(engine, mode)
+            chosen = reading_mode(engine, mode)
             result = perplexity_engine(engine, pieces, chosen, lambda done, _: report(done, total))
     if json:
         output.emit(result.to_json())

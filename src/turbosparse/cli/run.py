@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turbosparse.cli import options, output
-from turbosparse.cli.loading import choose_mode, load_engine
+from turbosparse.cli.loading import load_engine
 from turbosparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def command(
     ignore_eos: options.IgnoreEos = False,
     threads: options.Threads = None,
     ctx: options.ContextLength = None,
+    kv_cache: options.KvCacheOption = None,
     compute: options.ComputeOption = options.Compute.int8,
     isa: options.IsaOption = None,
     json: options.Json = False,
@@ -42,11 +43,10 @@ def command(
     text = read_prompt(prompt)
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     engine = load_engine(model, threads, compute, isa)
-    chosen = choose_mode(engine, mode)
     ids = engine.tokenizer.encode(text)
-    session = engine.session(ctx)
+    session = engine.session(ctx, kv_cache)
     started = time.perf_counter()
-    chunks = generate(engine, ids, params, tokens, chosen, stop or (), ignore_eos, session)
+    chunks = generate(engine, ids, params, tokens, mode.value, stop or (), ignore_eos, session)
     prefill_seconds = time.perf_counter() - started
     clock = Clock(prompt_tokens=len(ids), prefill_seconds=prefill_seconds)
     shown = []
@@ -54,7 +54,7 @@ def command(
         shown.append(chunk.text)
         if not json:
             print(chunk.text, end="", flush=True)
-    record = clock.record(engine, chosen)
+    record = clock.record(engine, session.used(mode.value)) | {"kv_cache_bytes": session.cache_bytes}
     if json:
         output.emit(record | {"text": "".join(shown)})
     else:
@@ -99,13 +99,15 @@ class Clock:
     def record(self, engine: Engine, mode: str) -> dict[str, Any]:
         """The figures of the `run` object; speeds in tokens/s, null where nothing was decoded."""
         decoded = self._last - self._first
+        traffic = engine.traffic()
         return {
             "mode": mode,
             "prompt_tokens": self.prompt_tokens,
             "tokens": self.tokens,
             "prefill_tok_s": self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else None,
             "decode_tok_s": (self.tokens - 1) / decoded if self.tokens > 1 and decoded else None,
-            "sparsity": engine.traffic().sparsity,
+            "sparsity": traffic.sparsity,
+            "selected": traffic.selected,
         }
 
 
@@ -118,4 +120,6 @@ def status_line(record: dict[str, Any]) -> str:
     ]
     if record["sparsity"] is not None:
         parts.append(f"with {output.percent(record['sparsity'])} of the neurons silent")
+    if record["selected"] is not None:
+        parts.append(f"and {output.percent(record['selected'])} selected")
     return " ".join(parts)

@@ -10,6 +10,7 @@ import typer
 
 from turbosparse.cli import options, output
 from turbosparse.cli.export import Quant
+from turbosparse.cli.info import describe
 
 
 class SyntheticActivation(StrEnum):
@@ -24,6 +25,12 @@ def command(
     shape: Annotated[str, typer.Option("--shape", help="Such as mistral-7b, llama-3-8b, smollm2-135m.")],
     sparsity: Annotated[float, typer.Option("--sparsity", help="Share of zeros in h.")] = 0.9,
     gate_rate: Annotated[float, typer.Option("--gate-rate", help="Share of positive gates.")] = 0.25,
+    selected: Annotated[
+        float, typer.Option("--selected", help="Neurons that the predictors select, over those that fire.")
+    ] = 1.2,
+    predictor_share: Annotated[
+        float, typer.Option("--predictor-share", help="Bytes of the predictors over those of the FFNs; 0: none.")
+    ] = 0.06,
     activation: Annotated[
         SyntheticActivation, typer.Option("--activation", help="swiglu: the dense twin, in llama.cpp's layout.")
     ] = SyntheticActivation.drelu,
@@ -35,12 +42,15 @@ def command(
     """Write a model with random weights: its speed is that of a trained one, its text is noise."""
     from turbosparse.model.shapes import shape_config
     from turbosparse.model.synthetic import measure_rates, rates_for, write_synthetic
+    from turbosparse.model.synthetic_predictor import Prediction
 
     config = shape_config(shape, activation.value, layers)
     rates = rates_for(sparsity, gate_rate)
+    prediction = Prediction(selected, predictor_share) if config.sparse and predictor_share != 0 else None
     with output.progress(f"writing {out.name}") as report:
-        file_bytes = write_synthetic(out, shape, config, rates, quant.value, seed, report)
+        file_bytes = write_synthetic(out, shape, config, rates, quant.value, seed, report, prediction)
     measured = measure_rates(out)
+    predictor = describe(str(out))["predictor"]
     record = {
         "output": str(out),
         "shape": shape,
@@ -48,7 +58,14 @@ def command(
         "layers": config.n_layers,
         "quant": quant.value,
         "file_bytes": file_bytes,
-        "measured": {"gate_rate": measured.gate, "up_rate": measured.up, "sparsity": 1.0 - measured.h},
+        "measured": {
+            "gate_rate": measured.gate,
+            "up_rate": measured.up,
+            "sparsity": 1.0 - measured.h,
+            "selected": measured.selected,
+            "recall": measured.recall,
+            "predictor_share": predictor and predictor["share"],
+        },
     }
     if json:
         output.emit(record)
@@ -58,5 +75,10 @@ def command(
         output.notice(
             f"synthetic, {output.megabytes(file_bytes)}; measured in its first and last layer: gate positive in "
             f"{output.percent(measured.gate)}, h zero in {output.percent(1.0 - measured.h)}"
+        )
+    if predictor:
+        output.notice(
+            f"predictors: {output.percent(predictor['share'])} of the FFN's bytes, select "
+            f"{measured.selected:.2f} times as many neurons as fire and find {output.percent(measured.recall)} of these"
         )
     output.notice(f"time it: turbosparse bench {out}")

@@ -21,45 +21,60 @@ from turbosparse.model.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 Floats = npt.NDArray[np.float32]
+Counts = npt.NDArray[np.int64]
 
 _NATIVE_TYPES = frozenset({Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0})
 _DEFAULT_CONTEXT = 4096
+_CACHES = {"f16": Type.F16, "q8_0": Type.Q8_0}
+_AUTOMATIC = ("auto", "auto-predicted")
 
 
 @dataclass(frozen=True)
 class ActivationCounts:
-    """How often each neuron fired over `tokens` tokens: int64 [layers, ffn] of gate > 0, up > 0 and h != 0."""
+    """On how many of `tokens` tokens each neuron fired: int64 [layers, ffn].
+
+    Attributes:
+        tokens: that were read.
+        gate, up, h: gate > 0, up > 0 and h != 0.
+        selected, hit: selected by the predictor, and both selected and h != 0; None for a file without one. The recall
+            of a layer is hit.sum() / h.sum().
+    """
 
     tokens: int
-    gate: npt.NDArray[np.int64]
-    up: npt.NDArray[np.int64]
-    h: npt.NDArray[np.int64]
+    gate: Counts
+    up: Counts
+    h: Counts
+    selected: Counts | None = None
+    hit: Counts | None = None
 
 
 @dataclass(frozen=True)
 class Traffic:
     """What decoding cost: tokens, bytes of weights read for them, and shares of neurons (0..1, None without tokens).
 
-    `active` is the share of neurons with h != 0, `open` that with a positive gate; both are None for a dense model.
+    `active` is the share of neurons with h != 0 and `open` that with a positive gate, of those that were computed; both
+    are None for a dense model. `selected` is the share that predictors selected, None where none did. What several
+    sequences need together is read once and counts once.
     """
 
     tokens: int
     bytes: int
     active: float | None
     open: float | None
+    selected: float | None = None
 
     @property
     def sparsity(self) -> float | None:
-        """Share of exact zeros in h."""
+        """Share of exact zeros in h, and of neurons that a predictor took for silent."""
         return None if self.active is None else 1.0 - self.active
 
 
 class Session:
     """One sequence: a KV cache and the position in it. Made by `Engine.session`."""
 
-    def __init__(self, engine: Engine, context: int) -> None:
+    def __init__(self, engine: Engine, context: int, cache: Type) -> None:
         self._engine = engine
-        self._native = _native.Session(engine._model, context)
+        self._native = _native.Session(engine._model, context, int(cache))
         self._history: list[int] = []
         self._last: Floats | None = None
 
@@ -73,15 +88,39 @@ class Session:
         """Tokens that fit."""
         return self._native.context
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that its keys and values take when the context is full; memory is taken as it fills."""
+        return self._native.cache_bytes
+
+    def used(self, mode: str) -> str:
+        """What `mode` came to in the last decoded token: itself, or for an automatic one the mode of all layers.
+
+        Where the layers differ it is `mode` still, and while the rates are counted it is exact.
+        """
+        mode = self._engine.native_mode(mode)
+        chosen = set(self.choices)
+        return chosen.pop() if mode in _AUTOMATIC and len(chosen) == 1 else mode
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """How the automatic modes compute each layer; exact while they still count, which is for 16 tokens."""
+        return tuple(self._native.choices)
+
     def reset(self) -> None:
         """Forget everything."""
         self.truncate(0)
 
-    def truncate(self, position: int) -> None:
-        """Forget all tokens from `position` on; what is kept has the bits that it had."""
-        self._native.truncate(position)
+    def truncate(self, position: int) -> int:
+        """Forget all tokens from `position` on; what is kept has the bits that it had.
+
+        A layer that slides keeps little beyond its window: where it no longer holds what the next token would see,
+        everything is forgotten. Returns the position reached, `position` or 0.
+        """
+        position = self._native.truncate(position)
         del self._history[position:]
         self._last = None
+        return position
 
     def keep_prefix(self, tokens: Sequence[int]) -> int:
         """Forget all but the tokens that `tokens` begins with too, and return how many these are.
@@ -90,33 +129,41 @@ class Session:
         """
         pairs = zip(self._history, tokens[:-1], strict=False)
         kept = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
-        self.truncate(min(len(self._history), len(tokens) - 1) if kept is None else kept)
-        return self.position
+        return self.truncate(min(len(self._history), len(tokens) - 1) if kept is None else kept)
 
     def prefill(self, tokens: Sequence[int], mode: str = "dense") -> Floats:
         """Read a prompt; returns the logits after its last token, float32 [vocab].
+
+        In mode "predicted", and in the automatic ones, a prompt is computed exactly: together its tokens need most
+        neurons anyway.
 
         Raises:
             UserError: it does not fit the context, or the mode is not one of the engine's.
         """
         self._check(tokens, mode)
         for start in range(0, len(tokens), _native.PREFILL_BLOCK):  # a call each, so that Ctrl-C is heard in between
-            self._last = self._run(tokens[start : start + _native.PREFILL_BLOCK], mode)
+            exactly = mode if mode == "dense" else self._engine.modes[:2][-1]
+            self._last = self._read(tokens[start : start + _native.PREFILL_BLOCK], exactly)
         assert self._last is not None
         return self._last
 
     def logits(self, tokens: Sequence[int], mode: str = "dense") -> Floats:
-        """Read tokens; returns the logits after each, float32 [n, vocab]. Errors as in `prefill`."""
+        """Read tokens; returns the logits after each, as `decode` gives them: float32 [n, vocab]. Errors as there.
+
+        Not in mode "auto-predicted", which chooses by what was decoded before.
+        """
+        if mode in _AUTOMATIC[1:]:
+            raise UserError(f"mode {mode} is for decoding; use predicted.")
         self._check(tokens, mode)
-        flat = self._run(tokens, mode, all_logits=True)
+        flat = self._read(tokens, self._engine.native_mode(mode), all_logits=True)
         rows = flat.reshape(len(tokens), self._engine.config.vocab_size)
         self._last = rows[-1]
         return rows
 
     def decode(self, token: int, mode: str = "dense") -> Floats:
         """Read one token in one native call; returns the logits after it, float32 [vocab]. Errors as in `prefill`."""
-        self._check((token,), mode)
-        self._last = self._run((token,), mode, decode=True)
+        self._engine.decode_batch((self,), (token,), mode)
+        assert self._last is not None
         return self._last
 
     def sample(self, params: SamplingParams) -> int:
@@ -132,15 +179,15 @@ class Session:
             raise UserError(
                 f"{len(tokens)} tokens do not fit the context of {self.context}, {self.position} of it used; use --ctx."
             )
-        if mode not in self._engine.modes:
+        if mode not in self._engine.modes + self._engine.automatic_modes:
             known = ", ".join(self._engine.modes)
             activation = self._engine.config.activation
             raise UserError(f"mode {mode} is not possible with this {activation} model; use {known}.")
 
-    def _run(self, tokens: Sequence[int], mode: str, all_logits: bool = False, decode: bool = False) -> Floats:
+    def _read(self, tokens: Sequence[int], mode: str, all_logits: bool = False) -> Floats:
         rows = len(tokens) if all_logits else 1
         out = np.empty(rows * self._engine.config.vocab_size, np.float32)
-        self._native.forward(np.asarray(tokens, np.int32), mode, all_logits, decode, out)
+        self._engine._forward.read(self._native, np.asarray(tokens, np.int32), mode, all_logits, out)
         self._history.extend(tokens)
         return out
 
@@ -153,14 +200,23 @@ class Engine:
         tokenizer: its tokenizer.
         isa: instruction set of the kernels.
         threads: threads that compute, the caller's included.
-        modes: ("dense", "exact") for a ReLU-gated model, ("dense",) for others.
+        modes: "dense"; "exact" too for a ReLU-gated model, and "predicted" where its file holds predictors.
+        automatic_modes: "auto", which computes each layer dense or exact, whichever costs less at the rates of a
+            sequence's first tokens; and with predictors "auto-predicted", which may choose these too.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, model: _native.Model, threads: int) -> None:
+    def __init__(
+        self, config: ModelConfig, tokenizer: Tokenizer, model: _native.Model, threads: int, exact: bool
+    ) -> None:
+        self._exact = exact  # everything in fp32
         self.config, self.tokenizer, self.threads = config, tokenizer, threads
         self.isa = model.isa
         self.modes: tuple[str, ...] = ("dense", "exact") if config.sparse else ("dense",)
+        if config.predictor is not None:
+            self.modes += ("predicted",)
+        self.automatic_modes = _AUTOMATIC if config.predictor is not None else _AUTOMATIC[:1]
         self._model = model
+        self._forward = _native.Forward(model)
 
     @classmethod
     def load(
@@ -194,15 +250,57 @@ class Engine:
             tokenizer = Tokenizer.from_gguf(file)
             model = _native.Model(config, isa or "", compute == "f32", threads)
             _load_tensors(file, model, compute == "f32", progress)
-        return cls(config, tokenizer, model, threads)
+        return cls(config, tokenizer, model, threads, compute == "f32")
 
-    def session(self, context: int | None = None) -> Session:
-        """A new empty sequence with room for `context` tokens (default: the model's own context, at most 4096)."""
+    def session(self, context: int | None = None, cache: str | None = None) -> Session:
+        """A new empty sequence.
+
+        Args:
+            context: room in tokens; default: the model's own context, at most 4096.
+            cache: how keys and values are kept, "f16" or "q8_0"; default: f16, or f32 where all is computed in it.
+
+        Raises:
+            UserError: the model cannot have such a context or cache.
+        """
         if context is None:
             context = min(self.config.context_length, _DEFAULT_CONTEXT)
         if not 1 <= context <= self.config.context_length:
             raise UserError(f"--ctx {context}: this model was trained on at most {self.config.context_length} tokens.")
-        return Session(self, context)
+        if cache not in (None, *_CACHES):
+            raise UserError(f"--kv-cache {cache}: choose {' or '.join(_CACHES)}.")
+        if cache == "q8_0" and self.config.head_dim % 32:
+            raise UserError(f"--kv-cache q8_0: heads of {self.config.head_dim} are not whole blocks of 32; use f16.")
+        default = Type.F32 if self._exact else Type.F16
+        return Session(self, context, default if cache is None else _CACHES[cache])
+
+    def decode_batch(self, sessions: Sequence[Session], tokens: Sequence[int], mode: str = "dense") -> Floats:
+        """Read one token in each of several sessions, in one native call that reads every weight at most once.
+
+        Args:
+            sessions: of this engine, each once; at any positions.
+            tokens: one for each.
+            mode: of all of them.
+
+        Returns:
+            float32 [n, vocab], the logits after each token: bit for bit what `Session.decode` gives.
+
+        Raises:
+            UserError: as `Session.prefill`. Nothing is read then.
+            ValueError: not one token a session, or a session that is given twice or belongs to another engine.
+        """
+        for session, token in zip(sessions, tokens, strict=True):
+            session._check((token,), mode)
+        out = np.empty((len(sessions), self.config.vocab_size), np.float32)
+        native = [session._native for session in sessions]
+        self._forward.decode(native, np.asarray(tokens, np.int32), self.native_mode(mode), out.reshape(-1))
+        for session, token, logits in zip(sessions, tokens, out, strict=True):
+            session._history.append(token)
+            session._last = logits
+        return out
+
+    def native_mode(self, mode: str) -> str:
+        """`mode`, or dense where an automatic one has no choice."""
+        return "dense" if mode in _AUTOMATIC and not self.config.sparse else mode
 
     @property
     def weight_bytes(self) -> int:
@@ -216,16 +314,21 @@ class Engine:
     def counters(self, reset: bool = False) -> ActivationCounts:
         """What was counted since `count_activations`, in prompts and in decoding, or since the last reset."""
         shape = (self.config.n_layers, self.config.ffn_size)
-        gate, up, h = (np.empty(shape[0] * shape[1], np.int64) for _ in range(3))
-        tokens = self._model.read_counts(gate, up, h, reset)
-        return ActivationCounts(tokens, gate.reshape(shape), up.reshape(shape), h.reshape(shape))
+        gate, up, h, selected, hit = (np.empty(shape[0] * shape[1], np.int64) for _ in range(5))
+        tokens = self._model.read_counts(gate, up, h, selected, hit, reset)
+        fired = (gate.reshape(shape), up.reshape(shape), h.reshape(shape))
+        if self.config.predictor is None:
+            return ActivationCounts(tokens, *fired)
+        return ActivationCounts(tokens, *fired, selected.reshape(shape), hit.reshape(shape))
 
     def traffic(self, reset: bool = False) -> Traffic:
         """What decoding cost since the engine was made or since the last reset; prompts are not in it."""
-        tokens, read, active, opened = self._model.read_traffic(reset)
+        tokens, read, *counted = self._model.read_traffic(reset)
         neurons = tokens * self.config.n_layers * self.config.ffn_size
-        known = self.config.sparse and neurons > 0
-        return Traffic(tokens, read, active / neurons if known else None, opened / neurons if known else None)
+        if not (self.config.sparse and neurons > 0):
+            return Traffic(tokens, read, None, None)
+        active, opened, selected = (count / neurons for count in counted)
+        return Traffic(tokens, read, active, opened, selected or None)
 
 
 def _usable_cores() -> int:

@@ -68,7 +68,7 @@ def generate(
         prompt: token ids, at least one; they follow what `session` holds already.
         params: how tokens are drawn; default greedy.
         max_tokens: at most this many; the whole must fit the context.
-        mode: "dense" or "exact".
+        mode: one of `engine.modes` or `engine.automatic_modes`.
         stop: strings that end the text; they are not part of it.
         ignore_eos: go on after the tokens that end a text.
         session: continue in this one; default: a new one.

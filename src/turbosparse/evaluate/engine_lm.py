@@ -70,7 +70,8 @@ class EngineLM(TemplateLM):
             first = session.prefill(context[session.keep_prefix(context) :], self._mode)
             for index in same:
                 answer = pairs[index][1]
-                session.truncate(len(context))
+                if session.truncate(len(context)) < len(context):
+                    session.prefill(context, self._mode)
                 rows = [first[None]]
                 if len(answer) > 1:
                     rows.append(session.logits(answer[:-1], self._mode))

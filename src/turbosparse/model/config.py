@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,9 +17,12 @@ from turbosparse.model.rope import FACTOR_BOUNDS, THETA_BOUNDS, rope_from_hf
 
 FORMAT_VERSION = 1
 SPARSE_ACTIVATIONS = frozenset({"drelu", "reglu"})
+PREDICTOR_INPUTS = ("normed", "residual")
 # Hugging Face names of the gate's function, and the gated unit that it makes.
 SYNTHETIC_KEY = "turbosparse.synthetic"  # also in the files of dense models
 _HF_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "relu": "reglu"}
+
+_Number = TypeVar("_Number", int, float)
 
 # Far above every known model, and low enough that no product of two of them is more than a large allocation.
 _LAYERS: Bounds = (1, 1024)
@@ -30,6 +34,21 @@ _VOCAB: Bounds = (1, 1 << 22)
 _CONTEXT: Bounds = (1, 1 << 26)
 _EPSILON: Bounds = (0.0, 1.0)
 _POSITIVE: Bounds = (1e-6, 1e6)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """The predictors of a sparse model: score = fc2 relu(fc1 x), and a neuron is selected where it reaches a threshold.
+
+    Attributes:
+        ranks: rows of fc1 in each layer; 0 where a layer has no predictor.
+        thresholds: of the scores in each layer.
+        normed: x is the input of the FFN; else the residual stream before the FFN's norm, as in PowerInfer.
+    """
+
+    ranks: tuple[int, ...]
+    thresholds: tuple[float, ...]
+    normed: bool
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,7 @@ class ModelConfig:
         post_norms: the outputs of attention and FFN are normed.
         experts: 0 for a dense model.
         synthetic: the weights are random (synthetic.py).
+        predictor: what guesses which neurons fire, if the file holds it.
     """
 
     family: str
@@ -87,6 +107,7 @@ class ModelConfig:
     post_norms: bool
     experts: int = 0
     synthetic: bool = False
+    predictor: Predictor | None = None
 
     @property
     def sparse(self) -> bool:
@@ -273,6 +294,7 @@ def _from_gguf(file: GGUFFile) -> ModelConfig:
         qk_norm=family.qk_norm,
         post_norms=family.post_norms,
         synthetic=general.flag(SYNTHETIC_KEY, False),
+        predictor=_gguf_predictor(fields, n_layers) if architecture == ARCHITECTURE else None,
     )
     return _checked(config, fields)
 
@@ -302,6 +324,28 @@ def _gguf_vocab(file: GGUFFile, fields: Fields) -> int:
     if embedding is None or len(embedding.shape) != 2:
         fields.fail("it has no tensor 'token_embd.weight' of two dimensions")
     return fields.integer("vocab_size", _VOCAB, embedding.shape[0])
+
+
+def _gguf_predictor(fields: Fields, n_layers: int) -> Predictor | None:
+    if not fields.has("predictor.rank"):
+        return None
+    ranks = tuple(_per_layer(fields, "predictor.rank", int, n_layers))
+    thresholds = tuple(_per_layer(fields, "predictor.threshold", float, n_layers))
+    if not 0 <= min(ranks) <= max(ranks) <= _WIDTH[1] or max(ranks) == 0:
+        fields.fail("predictor.rank holds impossible sizes")
+    source = fields.text("predictor.input")
+    if source not in PREDICTOR_INPUTS:
+        fields.fail(f"the predictor's input {source[:60]!r} is not one of {', '.join(PREDICTOR_INPUTS)}")
+    return Predictor(ranks, thresholds, normed=source == "normed")
+
+
+def _per_layer(fields: Fields, key: str, kind: type[_Number], n_layers: int) -> list[_Number]:
+    values = fields.get(key)
+    numbers = [value for value in values if type(value) is kind] if isinstance(values, list) else []
+    whole = isinstance(values, list) and len(numbers) == len(values) == n_layers
+    if not whole or not all(map(math.isfinite, numbers)):
+        fields.fail(f"{key} is not a list of {n_layers} numbers")
+    return numbers
 
 
 def _gguf_rope_scale(fields: Fields) -> float:

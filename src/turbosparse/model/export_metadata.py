@@ -13,7 +13,13 @@ from typing import Any
 from gguf import GGUFValueType, GGUFWriter, LlamaFileType
 
 from turbosparse.errors import UserError
-from turbosparse.model.config import FORMAT_VERSION, ModelConfig, periodic_windows, runtime_attention_scale
+from turbosparse.model.config import (
+    FORMAT_VERSION,
+    ModelConfig,
+    Predictor,
+    periodic_windows,
+    runtime_attention_scale,
+)
 from turbosparse.model.families import ARCHITECTURE, FAMILIES, Family
 from turbosparse.model.provenance import provenance
 
@@ -96,6 +102,8 @@ def write_hyperparameters(writer: GGUFWriter, config: ModelConfig, quant: str) -
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     _write_positions(writer, config, architecture)
+    if config.predictor is not None:
+        _write_predictor(writer, config.predictor, architecture)
     if config.attention_softcap is not None:
         writer.add_attn_logit_softcapping(config.attention_softcap)
     if config.logit_softcap is not None:
@@ -131,6 +139,15 @@ def _write_positions(writer: GGUFWriter, config: ModelConfig, architecture: str)
     if config.rope_scale != 1.0:
         writer.add_string(f"{architecture}.rope.scaling.type", "linear")
         writer.add_float32(f"{architecture}.rope.scaling.factor", config.rope_scale)
+
+
+def _write_predictor(writer: GGUFWriter, predictor: Predictor, architecture: str) -> None:
+    writer.add_string(f"{architecture}.predictor.input", "normed" if predictor.normed else "residual")
+    for name, values, kind in (
+        ("rank", predictor.ranks, GGUFValueType.UINT32),
+        ("threshold", predictor.thresholds, GGUFValueType.FLOAT32),
+    ):
+        writer.add_key_value(f"{architecture}.predictor.{name}", list(values), GGUFValueType.ARRAY, kind)
 
 
 def _write_windows(writer: GGUFWriter, config: ModelConfig, family: Family, architecture: str) -> None:

@@ -1,6 +1,7 @@
 """The tensors of a model: their names in GGUF and Hugging Face, and their shapes.
 
-GGUF names are llama.cpp's; `ffn_down_t` (the down projection by neuron) is PowerInfer's.
+GGUF names are llama.cpp's; `ffn_down_t` (the down projection by neuron), `fc1` and `fc2` (the predictor) are
+PowerInfer's.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ class TensorSpec:
 
     Attributes:
         name: in the GGUF file.
-        hf_name: in a Hugging Face folder, behind the prefix of the text model; None for `lm_head.weight`.
+        hf_name: in a Hugging Face folder, behind the prefix of the text model.
         shape: in the GGUF file, numpy order.
-        role: what it is for whoever converts it: "norm", "bias", "q", "k", "down", "embedding" or "matrix".
+        role: what it is for whoever converts it: "norm", "bias", "q", "k", "down", "embedding", "matrix" or
+            "predictor".
     """
 
     name: str
@@ -78,6 +80,11 @@ def _block_specs(config: ModelConfig, layer: int) -> list[TensorSpec]:
         rows += [
             ("post_attention_norm.weight", "post_attention_layernorm.weight", (hidden,), "norm"),
             ("post_ffw_norm.weight", "post_feedforward_layernorm.weight", (hidden,), "norm"),
+        ]
+    if config.predictor is not None and (rank := config.predictor.ranks[layer]) > 0:
+        rows += [
+            ("fc1.weight", "mlp.predictor.fc1.weight", (rank, hidden), "predictor"),
+            ("fc2.weight", "mlp.predictor.fc2.weight", (ffn, rank), "predictor"),
         ]
     return [TensorSpec(f"blk.{layer}.{name}", f"layers.{layer}.{hf}", shape, role) for name, hf, shape, role in rows]
 

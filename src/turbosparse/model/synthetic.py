@@ -6,16 +6,20 @@ an offset on the neuron's input: -theta standard deviations, where a normal vari
 and up are independent, so h is non-zero at the product of their rates; which neurons fire depends on the token alone.
 What attention and FFN add to the stream is small but for the last layer, which decides the next token.
 
+With a predictor (synthetic_predictor.py), gates and ups are not independent of each other: neurons share directions.
+
 Quantised weights are drawn as levels, uniformly, and never quantised: as much work to read as real ones, and a
-7B model is written in a minute, one tensor in memory at a time.
+7B model is written in a minute, some rows in memory at a time.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -26,31 +30,37 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from tokenizers.pre_tokenizers import ByteLevel
 
 from turbosparse.errors import UserError
-from turbosparse.model.config import SYNTHETIC_KEY, ModelConfig
+from turbosparse.model.config import SYNTHETIC_KEY, ModelConfig, Predictor
 from turbosparse.model.export import QUANTS, replacing, storage_type
 from turbosparse.model.export_metadata import architecture_of, write_hyperparameters, write_tokenizer
 from turbosparse.model.gguf import GGUFFile, nbytes_of
 from turbosparse.model.layout import EMBEDDING, TensorSpec, tensor_specs
 from turbosparse.model.quantize import dequantize_rows
+from turbosparse.model.synthetic_predictor import Directions, Prediction, predictor_ranks, probes
+from turbosparse.model.synthetic_rows import BLOCK, Rows, random_rows
 from turbosparse.model.vocabulary import CONTROL, NORMAL, UNUSED
 
 Type = GGMLQuantizationType
 
-_BLOCK = 32
 _CONSTANT = 1.5  # of the constant channels, in standard deviations of the others; Q8_0 levels reach 1.7
 _SMALL = 0.01  # root mean square of what a layer adds to the stream
 _DECISIVE = 32.0  # of what the last layer adds: more than the token's own row of a tied output projection weighs
-# Highest level and standard deviation of the random levels: of Q4_0's 16, the lowest is drawn as a second zero.
-_LEVELS = {Type.Q4_0: (7, math.sqrt(2 * 140 / 16)), Type.Q8_0: (127, math.sqrt((255**2 - 1) / 12))}
+_CHUNK = 1 << 20  # weights in memory at a time
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Shares of positive gates, positive ups and non-zero h, 0..1."""
+    """Shares of positive gates, positive ups and non-zero h, 0..1.
+
+    Where they were measured on a file with predictors: `selected`, the neurons that these select over those that fire,
+    and `recall`, the share of those that fire that is selected.
+    """
 
     gate: float
     up: float
     h: float
+    selected: float | None = None
+    recall: float | None = None
 
 
 def rates_for(sparsity: float, gate_rate: float) -> Rates:
@@ -76,6 +86,7 @@ def write_synthetic(
     quant: str,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    prediction: Prediction | None = None,
 ) -> int:
     """Write a model with random weights as GGUF, replacing a file that is there.
 
@@ -85,7 +96,9 @@ def write_synthetic(
         config: of a dReLU model, or a SwiGLU one for the dense twin; `rates` are then those of gate and up alone.
         rates: see `rates_for`.
         quant: q4_0, q8_0 or f16, as in `export_gguf`.
+        seed: of the weights.
         progress: called with (weights done, weights in all).
+        prediction: of the predictors; None: the file holds none.
 
     Returns:
         the size of the file in bytes.
@@ -95,35 +108,21 @@ def write_synthetic(
     """
     if quant not in QUANTS:
         raise UserError(f"--quant {quant[:40]}: choose one of {', '.join(QUANTS)}.")
-    rng = np.random.Generator(np.random.SFC64(seed))
-    specs = tensor_specs(config)
+    model = _Model(config, rates, quant, seed, prediction)
     with replacing(out) as partial:
         writer = GGUFWriter(partial, architecture_of(config))
         try:
             writer.add_name(f"synthetic {name}")
             writer.add_bool(SYNTHETIC_KEY, True)
-            write_hyperparameters(writer, config, quant)
+            write_hyperparameters(writer, model.config, quant)
             write_tokenizer(writer, _tokenizer(config.vocab_size))
-            for spec in specs:
-                kind = storage_type(spec, quant)
-                writer.add_tensor_info(
-                    spec.name, spec.shape, np.dtype(np.float32), nbytes_of(kind, spec.shape), raw_dtype=kind
-                )
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            done, total = 0, sum(math.prod(spec.shape) for spec in specs)
-            for spec in specs:
-                writer.write_tensor_data(_tensor(rng, spec, config, rates, storage_type(spec, quant)))
-                done += math.prod(spec.shape)
-                if progress is not None:
-                    progress(done, total)
+            _write_tensors(writer, model, progress)
         finally:
             writer.close()
         return partial.stat().st_size
 
 
-def measure_rates(path: str | os.PathLike[str], tokens: int = 64, neurons: int = 2048) -> Rates:
+def measure_rates(path: str | os.PathLike[str], tokens: int = 256, neurons: int = 2048) -> Rates:
     """What the rates of a written file are: the first `neurons` of its first and last layer on random tokens."""
     with GGUFFile.open(path) as file:
         config = ModelConfig.from_gguf(file)
@@ -132,90 +131,143 @@ def measure_rates(path: str | os.PathLike[str], tokens: int = 64, neurons: int =
         x /= np.sqrt(np.square(x).mean(axis=1, keepdims=True))
         found = []
         for layer in (0, config.n_layers - 1):
-            gate, up = (
-                x @ dequantize_rows(file.tensors[f"blk.{layer}.ffn_{part}.weight"], 0, min(neurons, config.ffn_size)).T
-                > 0
-                for part in ("gate", "up")
+
+            def product(part: str, inputs: npt.NDArray[np.float32], layer: int = layer) -> npt.NDArray[np.float32]:
+                tensor = file.tensors[f"blk.{layer}.{part}.weight"]
+                rows = tensor.shape[0] if part == "fc1" else min(neurons, config.ffn_size)
+                outputs: npt.NDArray[np.float32] = inputs @ dequantize_rows(tensor, 0, rows).T
+                return outputs
+
+            gate, up = (product(part, x) > 0 for part in ("ffn_gate", "ffn_up"))
+            fires, selected = gate & up, np.ones_like(gate)
+            if config.predictor is not None:
+                selected = product("fc2", np.maximum(product("fc1", x), 0)) >= config.predictor.thresholds[layer]
+            found.append([each.mean() for each in (gate, up, fires, selected, selected & fires)])
+    gate_rate, up_rate, h_rate, selected_rate, hit_rate = np.mean(found, axis=0).tolist()
+    if config.predictor is None or h_rate == 0:
+        return Rates(gate_rate, up_rate, h_rate)
+    return Rates(gate_rate, up_rate, h_rate, selected_rate / h_rate, hit_rate / h_rate)
+
+
+class _Model:
+    """The weights, drawn tensor by tensor and in each a few rows at a time."""
+
+    def __init__(self, config: ModelConfig, rates: Rates, quant: str, seed: int, prediction: Prediction | None) -> None:
+        self._rates, self._quant, self._seed = rates, quant, seed
+        self._rng = np.random.Generator(np.random.SFC64(seed))
+        self.config = config
+        self._directions: tuple[int, Directions] | None = None  # the last layer's that was asked for
+        if prediction is not None:
+            ranks = predictor_ranks(config, prediction.share)
+            self.config = dataclasses.replace(config, predictor=Predictor(ranks, (0.0,) * len(ranks), normed=True))
+            thresholds = self._thresholds(prediction.selected)
+            self.config = dataclasses.replace(config, predictor=Predictor(ranks, thresholds, normed=True))
+        self.specs = tensor_specs(self.config)
+
+    def kind(self, spec: TensorSpec) -> Type:
+        return storage_type(spec, self._quant)
+
+    def rows(self, spec: TensorSpec) -> Iterator[npt.NDArray[Any]]:
+        """The tensor as it is stored, in parts: float32 of norms and biases, else uint8 [rows, bytes of a row]."""
+        if spec.role in ("norm", "bias"):
+            yield np.full(spec.shape, 1.0 if spec.role == "norm" else 0.0, np.float32)
+            return
+        rows, columns = spec.shape
+        step = max(1, _CHUNK // columns)
+        for start in range(0, rows, step):
+            yield self._part(spec, start, min(start + step, rows))
+
+    def _part(self, spec: TensorSpec, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        kind = self.kind(spec)
+        part = spec.name.split(".")[2] if spec.name.startswith("blk.") else ""
+        if self.config.predictor is not None and part in ("ffn_gate", "ffn_up", "fc1", "fc2"):
+            directions = self._directions_of(int(spec.name.split(".")[1]))
+            if part == "fc1":
+                return directions.fc1()[start:stop]
+            if part == "fc2":
+                return directions.fc2(start, stop, kind)
+            return directions.neurons(part.removeprefix("ffn_"), start, stop)
+        return random_rows(self._rng, (stop - start, spec.shape[1]), kind, _statistics(spec, self.config, self._rates))
+
+    def _directions_of(self, layer: int) -> Directions:
+        """Made anew for each layer from a seed of its own: those of all layers would be as large as the predictors."""
+        if self._directions is None or self._directions[0] != layer:
+            assert self.config.predictor is not None
+            specs = {spec.name: spec for spec in tensor_specs(self.config)}
+            gate, up = (specs[f"blk.{layer}.ffn_{part}.weight"] for part in ("gate", "up"))
+            made = Directions(
+                (self._seed, layer),
+                self.config.predictor.ranks[layer],
+                self.config.hidden_size,
+                self.kind(gate),
+                _statistics(gate, self.config, self._rates),
+                _statistics(up, self.config, self._rates),
+                self.config.ffn_size,
             )
-            found.append([gate.mean(), up.mean(), (gate & up).mean()])
-    gate_rate, up_rate, h_rate = np.mean(found, axis=0).tolist()
-    return Rates(gate_rate, up_rate, h_rate)
+            self._directions = layer, made
+        return self._directions[1]
+
+    def _thresholds(self, selected: float) -> tuple[float, ...]:
+        embedding = tensor_specs(self.config)[0]
+        rng = np.random.Generator(np.random.SFC64((self._seed, 1 << 16)))
+        rows = _statistics(embedding, self.config, self._rates)
+        x = probes(rng, self.config.hidden_size, self.kind(embedding), rows)
+        layers = range(self.config.n_layers)
+        thresholds = tuple(self._directions_of(layer).threshold(x, selected) for layer in layers)
+        self._directions = None  # their generators have been used
+        return thresholds
 
 
-def _tensor(
-    rng: np.random.Generator, spec: TensorSpec, config: ModelConfig, rates: Rates, kind: Type
-) -> npt.NDArray[Any]:
-    """One tensor as it is stored: float32 for norms and biases, uint8 [rows, bytes of a row] otherwise."""
-    if spec.role == "norm":
-        return np.ones(spec.shape, np.float32)
-    if spec.role == "bias":
-        return np.zeros(spec.shape, np.float32)
-    spread, offset = _statistics(spec, config, rates)
-    return random_rows(rng, spec.shape, kind, spread, offset)
+def _write_tensors(writer: GGUFWriter, model: _Model, progress: Callable[[int, int], None] | None) -> None:
+    sizes = {spec.name: nbytes_of(model.kind(spec), spec.shape) for spec in model.specs}
+    for spec in model.specs:
+        writer.add_tensor_info(
+            spec.name, spec.shape, np.dtype(np.float32), sizes[spec.name], raw_dtype=model.kind(spec)
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    done, total = 0, sum(math.prod(spec.shape) for spec in model.specs)
+    for spec in model.specs:
+        stream: Any = _Stream(model.rows(spec), sizes[spec.name])  # all that the writer asks of an array
+        writer.write_tensor_data(stream)
+        done += math.prod(spec.shape)
+        if progress is not None:
+            progress(done, total)
 
 
-def _statistics(spec: TensorSpec, config: ModelConfig, rates: Rates) -> tuple[float, float]:
-    """Standard deviation of a matrix's weights, and the value of those that meet the constant channels."""
+class _Stream:
+    """A tensor for `GGUFWriter.write_tensor_data` that is made while it is written."""
+
+    def __init__(self, parts: Iterator[npt.NDArray[Any]], nbytes: int) -> None:
+        self._parts, self.nbytes = parts, nbytes
+
+    def tofile(self, file: BufferedWriter) -> None:
+        written = 0
+        for part in self._parts:
+            part.tofile(file)
+            written += part.nbytes
+        assert written == self.nbytes
+
+
+def _statistics(spec: TensorSpec, config: ModelConfig, rates: Rates) -> Rows:
+    """A matrix's weights; its offsets meet the constant channels."""
     hidden = config.hidden_size
     layer, part = spec.name.split(".")[1:3] if spec.name.startswith("blk.") else ("", "")
     if spec.name == EMBEDDING:
-        return 1.0, _CONSTANT
+        return Rows(1.0, _CONSTANT)
     if part in ("ffn_gate", "ffn_up"):
         rate = rates.gate if part == "ffn_gate" else rates.up
-        constants = hidden // _BLOCK
+        constants = hidden // BLOCK
         theta = NormalDist().inv_cdf(1.0 - min(max(rate, 1e-6), 1.0 - 1e-6))
         spread = 1.0 / math.sqrt(hidden)
-        return spread, -theta * spread * math.sqrt(hidden - constants) / (constants * _CONSTANT)
+        return Rows(spread, -theta * spread * math.sqrt(hidden - constants) / (constants * _CONSTANT))
     if spec.role == "down":
         size = _DECISIVE if int(layer) == config.n_layers - 1 else _SMALL
-        return size / math.sqrt(config.ffn_size * max(rates.h, 1e-3)), 0.0
+        return Rows(size / math.sqrt(config.ffn_size * max(rates.h, 1e-3)))
     if part == "attn_output":
-        return _SMALL / math.sqrt(spec.shape[1]), 0.0
-    return 1.0 / math.sqrt(spec.shape[1]), 0.0
-
-
-def random_rows(
-    rng: np.random.Generator, shape: tuple[int, ...], kind: Type, spread: float, offset: float
-) -> npt.NDArray[np.uint8]:
-    """Random weights in the storage of `kind`, uint8 [rows, bytes of a row].
-
-    Args:
-        shape: (rows, columns); columns are whole blocks of 32 unless `kind` is F16 or F32.
-        spread: standard deviation of the weights.
-        offset: mean of the first weight of every block of 32 columns, where it is not 0; those weights are it, rounded
-            up or down to a level at random.
-    """
-    rows, columns = shape
-    if kind not in _LEVELS:
-        values = rng.uniform(-math.sqrt(3), math.sqrt(3), shape).astype(np.float32) * np.float32(spread)
-        if offset:
-            values[:, ::_BLOCK] = offset
-        stored = values.astype({Type.F16: np.float16, Type.F32: np.float32}[kind])
-        return stored.view(np.uint8).reshape(rows, -1)
-    highest, deviation = _LEVELS[kind]
-    blocks = rows * columns // _BLOCK
-    step = spread / deviation
-    constant = None
-    if offset:
-        level = np.floor(offset / step + rng.random(blocks, np.float32))
-        constant = np.clip(level, -highest, highest).astype(np.int8)
-    out = np.empty((blocks, 2 + (16 if kind is Type.Q4_0 else 32)), np.uint8)
-    out[:, :2] = np.frombuffer(np.float16(step).tobytes(), np.uint8)
-    payload = out[:, 2:]
-    if kind is Type.Q4_0:
-        payload[:] = _Q4_0_BYTES[rng.integers(256, size=payload.shape, dtype=np.uint8)]
-        if constant is not None:  # element 0 is the low half of byte 0
-            payload[:, 0] = (payload[:, 0] & 0xF0) | (constant + 8).astype(np.uint8)
-    else:
-        levels = rng.integers(-highest, highest + 1, size=payload.shape, dtype=np.int8)
-        if constant is not None:
-            levels[:, 0] = constant
-        payload[:] = levels.view(np.uint8)
-    return out.reshape(rows, -1)
-
-
-# Any byte to one without the level -8, which has no positive counterpart: it becomes 0.
-_Q4_0_BYTES = np.array([(low or 8) | (high or 8) << 4 for high in range(16) for low in range(16)], np.uint8)
+        return Rows(_SMALL / math.sqrt(spec.shape[1]))
+    return Rows(1.0 / math.sqrt(spec.shape[1]))
 
 
 def _tokenizer(vocab_size: int) -> dict[str, Any]:

@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: Apache-2.0
+// The two feed-forward blocks: of dense models, and of those that compute only neurons that fire.
+//
+// A sparse FFN is a sum over neurons. They are split into fixed blocks (model.h); a block sums its neurons in their
+// order into a partial vector of its own, and partials are added in the order of blocks. A neuron that is left out
+// because its h is zero would have added zero, so that changes no bit.
+#include <algorithm>
+#include <cmath>
+
+#include "forward.h"
+
+namespace turbosparse {
+namespace {
+
+constexpr int64_t kChunkBytes = 192 * 1024;  // of one matrix: what several rows need is read again from the cache
+
+}  // namespace
+
+void Forward::dense_ffn(Member& member, const Pass& pass, int64_t index) {
+  const Layer& layer = model_->layers()[index];
+  const int64_t f = config_.ffn;
+  float *gate = hidden_.data(), *up = gate + kMostRows * f;
+  const Inputs x = normed(member, pass.n, layer.ffn_norm, layer.gate);
+  multiply(member, layer.gate, x, gate, f);
+  multiply(member, layer.up, x, up, f);
+  const auto combine = config_.activation == Activation::swiglu ? kernels_.swiglu : kernels_.geglu;
+  const auto [first, last] = member.part(f, 16);
+  for (int64_t t = 0; t < pass.n; ++t) {
+    float* g = gate + t * f + first;
+    const float* u = up + t * f + first;
+    if (counts_) {
+      for (int64_t j = 0; j < last - first; ++j) {
+        counts_->gate[index * f + first + j] += g[j] > 0;
+        counts_->up[index * f + first + j] += u[j] > 0;
+      }
+    }
+    combine(g, u, last - first, g);
+    if (counts_) {
+      for (int64_t j = 0; j < last - first; ++j) counts_->h[index * f + first + j] += g[j] != 0;
+    }
+  }
+  member.barrier();
+  const Inputs h = prepare(member, pass.n, layer.down, gate, f, nullptr);
+  add_to_residual(member, pass, layer.down, h, layer.post_ffn_norm);
+}
+
+void Forward::sparse_ffn(Member& member, const Pass& pass, int64_t index) {
+  const Layer& layer = model_->layers()[index];
+  const Inputs x = normed(member, pass.n, layer.ffn_norm, layer.gate);
+  const bool predicts = scores_wanted(pass, index);
+  const Inputs hidden = predicts ? predictor_hidden(member, pass, layer, x) : Inputs{};
+  const int64_t blocks = model_->neuron_blocks();
+  for (int64_t b; (b = next_block_.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
+    neuron_block(scratch_[member.rank()], pass, index, b, x, predicts ? &hidden : nullptr);
+  }
+  member.barrier();
+  reduce_blocks(member, pass);
+  if (layer.post_ffn_norm) {
+    norm_into_residual(member, pass.n, layer.post_ffn_norm);
+  } else {
+    const auto [first, last] = member.part(config_.hidden, 16);
+    for (int64_t t = 0; t < pass.n; ++t) {
+      for (int64_t c = first; c < last; ++c) residual_[t * config_.hidden + c] += update_[t * config_.hidden + c];
+    }
+    member.barrier();
+  }
+}
+
+// How a row computes a layer: dense, exact or predicted.
+Mode Forward::mode_of(const Pass& pass, int64_t row, int64_t layer) const {
+  Mode mode = pass.mode;
+  if (automatic(mode)) mode = pass.decode ? pass.rows[row].session->choice_.of(layer) : Mode::exact;
+  return mode == Mode::predicted && !model_->layers()[layer].predicts() ? Mode::exact : mode;
+}
+
+bool Forward::scores_wanted(const Pass& pass, int64_t index) const {
+  if (!model_->layers()[index].predicts()) return false;
+  bool wanted = counts_ != nullptr;
+  for (int64_t t = 0; t < pass.n; ++t) {
+    const bool counting = pass.mode == Mode::automatic_predicted && pass.rows[t].session->choice_.counting();
+    wanted = wanted || counting || mode_of(pass, t, index) == Mode::predicted;
+  }
+  return wanted;
+}
+
+// relu(fc1 x), as input of fc2. `x` is the FFN's own input.
+Forward::Inputs Forward::predictor_hidden(Member& member, const Pass& pass, const Layer& layer, const Inputs& x) {
+  const int64_t rank = layer.fc1.rows;
+  if (config_.predictor_normed) {
+    multiply(member, layer.fc1, x, predictor_hidden_.data(), rank);
+  } else {
+    const Inputs raw = prepare(member, pass.n, layer.fc1, residual_.data(), config_.hidden, nullptr, kPredictor);
+    multiply(member, layer.fc1, raw, predictor_hidden_.data(), rank);
+  }
+  const auto [first, last] = member.part(rank, 16);
+  for (int64_t t = 0; t < pass.n; ++t) {
+    for (int64_t r = first; r < last; ++r) {
+      float& value = predictor_hidden_[t * rank + r];
+      value = value > 0 ? value : 0;
+    }
+  }
+  member.barrier();
+  return prepare(member, pass.n, layer.fc2, predictor_hidden_.data(), rank, nullptr, kPredictor);
+}
+
+// One block of neurons for all rows, a chunk at a time. `hidden` is null where nothing is predicted.
+void Forward::neuron_block(Scratch& s, const Pass& pass, int64_t index, int64_t block, const Inputs& x,
+                           const Inputs* hidden) {
+  const Layer& layer = model_->layers()[index];
+  const int64_t size = model_->neuron_block(), d = config_.hidden;
+  const int64_t end = std::min((block + 1) * size, config_.ffn);
+  const int64_t fit = std::max<int64_t>(kBlock, kChunkBytes / layer.gate.row_bytes / kBlock * kBlock);
+  const int64_t step = pass.n == 1 ? size : std::min(fit, size);
+  bool any_gates = counts_ != nullptr, any_ups = counts_ != nullptr;
+  for (int64_t t = 0; t < pass.n; ++t) {
+    const Mode mode = mode_of(pass, t, index);
+    any_gates = any_gates || mode != Mode::predicted;
+    // In a prompt, most rows of up are needed by some token.
+    any_ups = any_ups || mode == Mode::dense || (mode == Mode::exact && !pass.decode);
+    float* partial = partial_of(t, block);
+    std::fill(partial, partial + d, 0.0f);
+  }
+  for (int64_t first = block * size; first < end; first += step) {
+    const Neurons at{index, block, first, std::min(step, end - first), any_gates, any_ups, hidden != nullptr};
+    // Row r is written at out + r: `first` is taken off, so that the rows land at the start of the buffer.
+    const int64_t last = first + at.n;
+    if (hidden) product(s, layer.fc2, first, last, *hidden, s.prediction.data() - first, size);
+    if (at.all_gates) product(s, layer.gate, first, last, x, s.gate.data() - first, size);
+    if (at.all_ups) product(s, layer.up, first, last, x, s.up.data() - first, size);
+    if (pass.n > 1) std::fill(s.seen.begin(), s.seen.end(), uint8_t{0});
+    for (int64_t t = 0; t < pass.n; ++t) {
+      if (counts_) count_row(s, at, t);
+      fire(s, pass, at, t, x);
+    }
+  }
+}
+
+// The neurons of a row that fire, added to its partial sum.
+void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x) {
+  const Layer& layer = model_->layers()[at.index];
+  const Mode mode = mode_of(pass, row, at.index);
+  const int64_t selected = at.scores ? select(s, at, row) : 0;
+  const int64_t open = open_gates(s, pass, at, row, x, mode == Mode::predicted ? selected : -1);
+  if (at.all_ups) {
+    const float* up = &s.up[row * model_->neuron_block()];
+    for (int64_t i = 0; i < open; ++i) s.value[i] = up[s.open[i]];
+  } else {
+    list_open(s, at, open);
+    count_read(s, pass, at, open, layer.up, 1);
+    listed_product(s, layer.up, open, x, row);
+  }
+  // h of the open neurons; those that are not zero move to the front.
+  const bool relu_up = config_.activation == Activation::drelu;
+  int64_t active = 0;
+  for (int64_t i = 0; i < open; ++i) {
+    float u = s.value[i];
+    if (relu_up && !(u > 0)) u = 0;
+    const float h = s.gate_open[i] * u;
+    s.listed[active] = static_cast<int32_t>(at.first) + s.open[i];
+    s.value[active] = h;
+    active += h != 0;
+  }
+  s.traffic.active_neurons += active;
+  s.traffic.open_gates += open;
+  if (mode == Mode::predicted) s.traffic.selected_neurons += selected;
+  if (automatic(pass.mode) && pass.decode) {
+    Choice& choice = pass.rows[row].session->choice_;
+    if (choice.counting()) choice.count(at.index, open, active, selected);
+  }
+  if (mode == Mode::dense) active = list_every(s, at, active);
+  count_read(s, pass, at, active, layer.down, 2);
+  kernels_.axpy_listed(layer.down, s.listed.data(), s.value.data(), active, partial_of(row, at.block));
+}
+
+// The open gates of a row, of all its neurons (`selected` < 0) or of the selected ones that s.open lists: s.open,
+// counted from at.first, and their values s.gate_open. Returns how many.
+int64_t Forward::open_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x,
+                            int64_t selected) {
+  float* gate = &s.gate[row * model_->neuron_block()];
+  if (selected < 0) {
+    const int64_t open = kernels_.positive(gate, at.n, s.open.data());
+    for (int64_t i = 0; i < open; ++i) s.gate_open[i] = gate[s.open[i]];
+    return open;
+  }
+  if (at.all_gates) {
+    for (int64_t i = 0; i < selected; ++i) s.value[i] = gate[s.open[i]];
+  } else {
+    const Matrix& w = model_->layers()[at.index].gate;
+    list_open(s, at, selected);
+    count_read(s, pass, at, selected, w, 0);
+    listed_product(s, w, selected, x, row);
+  }
+  int64_t open = 0;
+  for (int64_t i = 0; i < selected; ++i) {
+    s.open[open] = s.open[i];
+    s.gate_open[open] = s.value[i];
+    open += s.value[i] > 0;
+  }
+  return open;
+}
+
+// s.open = the neurons whose score reaches the threshold, counted from at.first. Returns how many.
+int64_t Forward::select(Scratch& s, const Neurons& at, int64_t row) {
+  // score >= threshold is score > the number before it, and the difference of two floats is positive where they differ.
+  const float below = std::nextafter(model_->layers()[at.index].threshold, -INFINITY);
+  float* score = &s.prediction[row * model_->neuron_block()];
+  for (int64_t i = 0; i < at.n; ++i) score[i] -= below;
+  return kernels_.positive(score, at.n, s.open.data());
+}
+
+// s.listed = the first n of s.open as rows of a matrix.
+void Forward::list_open(Scratch& s, const Neurons& at, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) s.listed[i] = static_cast<int32_t>(at.first) + s.open[i];
+}
+
+// Dense mode adds every neuron up: the `active` ones that are listed, and zeros in the others' places.
+int64_t Forward::list_every(Scratch& s, const Neurons& at, int64_t active) {
+  for (int64_t i = active - 1, j = at.n - 1; j >= 0; --j) {
+    const auto neuron = static_cast<int32_t>(at.first + j);
+    const bool fires = i >= 0 && s.listed[i] == neuron;
+    s.value[j] = fires ? s.value[i] : 0.0f;
+    if (fires) --i;
+    s.listed[j] = neuron;
+  }
+  return at.n;
+}
+
+// Bytes of the listed rows of `w`, the which-th matrix of the FFN; what an earlier row of the pass has read is free.
+void Forward::count_read(Scratch& s, const Pass& pass, const Neurons& at, int64_t n, const Matrix& w, int which) {
+  int64_t read = n;
+  if (pass.n > 1) {
+    uint8_t* seen = &s.seen[which * model_->neuron_block()];
+    read = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      uint8_t& mark = seen[s.listed[i] - at.first];
+      read += mark == 0;
+      mark = 1;
+    }
+  }
+  s.traffic.bytes += read * w.row_bytes;
+}
+
+// What the neurons of a row do, and what the predictor says of them; every gate and up is known.
+void Forward::count_row(Scratch& s, const Neurons& at, int64_t row) {
+  const int64_t offset = row * model_->neuron_block(), base = at.index * config_.ffn + at.first;
+  const bool relu_up = config_.activation == Activation::drelu;
+  const Layer& layer = model_->layers()[at.index];
+  for (int64_t i = 0; i < at.n; ++i) {
+    const float gate = s.gate[offset + i], up = s.up[offset + i];
+    const bool fires = gate > 0 && (!relu_up || up > 0) && gate * up != 0;
+    counts_->gate[base + i] += gate > 0;
+    counts_->up[base + i] += up > 0;
+    counts_->h[base + i] += fires;
+    if (!layer.predicts()) continue;
+    const bool selected = s.prediction[offset + i] >= layer.threshold;
+    counts_->selected[base + i] += selected;
+    counts_->hit[base + i] += selected && fires;
+  }
+}
+
+// update = sum of the blocks' partial sums, in block order.
+void Forward::reduce_blocks(Member& member, const Pass& pass) {
+  const int64_t d = config_.hidden, blocks = model_->neuron_blocks();
+  const auto [first, last] = member.part(d, 16);
+  for (int64_t t = 0; t < pass.n; ++t) {
+    float* update = &update_[t * d];
+    std::fill(update + first, update + last, 0.0f);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const float* partial = partial_of(t, b);
+      for (int64_t c = first; c < last; ++c) update[c] += partial[c];
+    }
+  }
+}
+
+}  // namespace turbosparse

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+// The forward pass of a model over rows: tokens of one prompt, or one token of each of several sequences.
+//
+// Every member of the team runs all of it; a barrier stands wherever one needs what another computed. A row gets the
+// bits that it would get alone: every product of a row of weights with a vector, every softmax and every sum over
+// neurons has an order of its own that does not depend on what is computed beside it.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "memory.h"
+#include "model.h"
+#include "session.h"
+
+namespace turbosparse {
+
+class Forward {
+ public:
+  explicit Forward(std::shared_ptr<Model> model);
+
+  // Run `n` tokens of a sequence from its position on. logits: [n, vocab] if all_logits, else [vocab] after the last
+  // token. Throws std::invalid_argument on a bad token id or when the context is full.
+  void read(Session& session, const int32_t* tokens, int64_t n, Mode mode, bool all_logits, float* logits);
+
+  // Run one token of each of `n` different sequences, and count what that costs. logits: [n, vocab]. Throws as read().
+  void decode(Session* const* sessions, const int32_t* tokens, int64_t n, Mode mode, float* logits);
+
+  int64_t vocab() const { return config_.vocab; }
+
+ private:
+  // Room for a set of inputs of matrix products, in fp32 and as int8 blocks.
+  struct Prepared {
+    std::vector<float> x, scale;
+    std::vector<int8_t> q;
+    std::vector<int32_t> sum;
+    void resize(int64_t n, int64_t cols);
+    Vectors view(int64_t n, int64_t cols, bool quantized) const;
+  };
+  // The inputs of a product. Blocks of int8 lose more than Q8_0 weights do, so for these a second int8 vector holds
+  // what the first one left: x = values + rest, to some 15 bits. `rest.count` is 0 where it is not needed.
+  struct Inputs {
+    Vectors values, rest;
+    Vectors both() const {
+      Vectors v = values;
+      if (rest.count > 0) v.rest = &rest;
+      return v;
+    }
+  };
+  struct InputRoom {
+    Prepared values, rest;
+  };
+  // Inputs that are needed at the same time lie in different rooms.
+  enum Room { kMain, kPredictor, kRooms };
+  // What a member needs for itself.
+  struct Scratch {
+    InputRoom inputs[kRooms];
+    Prepared queries;
+    std::vector<float> scores, inverse;
+    std::vector<float> gate, up, prediction;  // [rows, neurons of a block]
+    std::vector<float> gate_open, value;      // of listed neurons
+    std::vector<int32_t> open, listed;
+    std::vector<uint8_t> seen;  // [gate, up and down, neurons of a block]: read for an earlier row already
+    Traffic traffic;
+  };
+  struct Row {
+    Session* session;
+    int64_t position;
+    int32_t token;
+  };
+  // The arguments of one pass, shared by the members.
+  struct Pass {
+    const Row* rows;
+    int64_t n;
+    Mode mode;
+    int64_t n_logits;  // after the last rows
+    float* logits;
+    bool decode;  // rows of sequences that are being continued, not of a prompt
+  };
+  // A part of a sparse FFN at work: neurons [first, first + n) of layer `index`, which belong to `block`.
+  struct Neurons {
+    int64_t index, block, first, n;
+    bool all_gates, all_ups;  // computed for every row; else each row computes those that it needs
+    bool scores;              // of the predictor are there
+  };
+
+  void check(const Session& session, int64_t n, Mode mode) const;
+  void check(int32_t token) const;
+  Mode mode_of(const Pass& pass, int64_t row, int64_t layer) const;
+  bool scores_wanted(const Pass& pass, int64_t index) const;
+  void run(const Pass& pass);
+  void layers(Member& member, const Pass& pass);
+  void embed(Member& member, const Pass& pass);
+  void head(Member& member, const Pass& pass);
+
+  // products.cpp: make vectors (the residual stream, for `normed`) the inputs of products with `w` and matrices of its
+  // type; every member gets all n of them.
+  Inputs normed(Member& member, int64_t n, const float* weight, const Matrix& w);
+  Inputs prepare(Member& member, int64_t n, const Matrix& w, const float* source, int64_t stride, const float* norm,
+                 Room room = kMain);
+  void multiply(Member& member, const Matrix& w, const Inputs& x, float* out, int64_t stride);
+  // Rows [first, last) of w; row r of vector v goes to out[v * stride + r].
+  void product(Scratch& scratch, const Matrix& w, int64_t first, int64_t last, const Inputs& x, float* out,
+               int64_t stride);
+  // The n rows of w in scratch.listed by one vector, into scratch.value.
+  void listed_product(Scratch& scratch, const Matrix& w, int64_t n, const Inputs& x, int64_t vector);
+  void add_to_residual(Member& member, const Pass& pass, const Matrix& w, const Inputs& x, const float* post_norm);
+  void norm_into_residual(Member& member, int64_t n, const float* post_norm);
+
+  // attention.cpp
+  void attention(Member& member, const Pass& pass, int64_t index);
+  void rotate(float* head, const float* cosine, const float* sine) const;
+  void store_keys_and_values(Member& member, const Pass& pass, int64_t index);
+  void attend(Scratch& scratch, const Pass& pass, int64_t index, int64_t row, int64_t head, int64_t heads);
+  Vectors queries_of(Scratch& scratch, const KvCache& cache, const float* x, int64_t heads);
+
+  // feed_forward.cpp
+  void dense_ffn(Member& member, const Pass& pass, int64_t index);
+  void sparse_ffn(Member& member, const Pass& pass, int64_t index);
+  Inputs predictor_hidden(Member& member, const Pass& pass, const Layer& layer, const Inputs& x);
+  void neuron_block(Scratch& s, const Pass& pass, int64_t index, int64_t block, const Inputs& x, const Inputs* hidden);
+  void fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x);
+  int64_t open_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t selected);
+  int64_t select(Scratch& s, const Neurons& at, int64_t row);
+  void list_open(Scratch& s, const Neurons& at, int64_t n);
+  int64_t list_every(Scratch& s, const Neurons& at, int64_t active);
+  void count_read(Scratch& s, const Pass& pass, const Neurons& at, int64_t n, const Matrix& w, int which);
+  void count_row(Scratch& s, const Neurons& at, int64_t row);
+  void reduce_blocks(Member& member, const Pass& pass);
+  float* partial_of(int64_t row, int64_t block) {
+    return reinterpret_cast<float*>(partial_.data()) + (row * model_->neuron_blocks() + block) * config_.hidden;
+  }
+
+  std::shared_ptr<Model> model_;
+  const Config& config_;
+  const Kernels& kernels_;
+  std::vector<int32_t> cells_;  // 0, 1, 2 ... as many as the longest context that was seen
+  std::vector<float> residual_, update_, qkv_, attended_, hidden_, predictor_hidden_;
+  Mapping partial_;  // [rows, neuron blocks, hidden] floats
+  std::vector<float> cosine_, sine_, cosine_local_, sine_local_;
+  InputRoom shared_[kRooms];
+  std::vector<Scratch> scratch_;
+  Counts* counts_ = nullptr;  // the model's, while it counts
+  std::atomic<int64_t> next_block_{0};
+};
+
+}  // namespace turbosparse

@@ -1,0 +1,120 @@
+"""Gates and ups that a low-rank predictor can guess, and that predictor: for models with random weights.
+
+The neurons of a layer share a few random directions. Neuron i has gate direction j(i), up direction k(i) (drawn once)
+and a little noise of its own, so it fires about where both of its directions are positive. The predictor's `fc1` holds
+all directions with their sign turned, and row i of `fc2` takes relu(-gate j) + relu(-up k) off the score: 0 where both
+are positive, less the further they are from it. A threshold below zero selects those that fire, but for the noise, and
+some more. The matrices are as much work to read and multiply as trained ones; that `fc2` is mostly zeros saves nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType as Type
+
+from turbosparse.errors import UserError
+from turbosparse.model.config import ModelConfig
+from turbosparse.model.quantize import dequantize
+from turbosparse.model.synthetic_rows import Rows, minus_ones, random_rows
+
+_RANKS = 32  # the width of a predictor is a multiple of this, so that rows of fc2 are whole blocks
+_NOISE = 0.005  # share of a neuron's weights that are its own: moves a gate by sqrt(2 * 0.005) = 0.1 of its spread
+_PROBES = 256  # tokens and
+_PROBED = 4096  # neurons that set the threshold
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a synthetic predictor is like.
+
+    Attributes:
+        selected: neurons that it selects, over those that fire; at least 1.
+        share: its bytes over those of the FFN, 0..1.
+    """
+
+    selected: float = 1.2
+    share: float = 0.06
+
+    def __post_init__(self) -> None:
+        if not 1.0 <= self.selected < math.inf:
+            raise UserError(f"--selected {self.selected:g}: it must be at least 1, all that fire.")
+        if not 0.0 < self.share <= 1.0:
+            raise UserError(f"--predictor-share {self.share:g}: it must be over 0 and at most 1; 0 is without one.")
+
+
+def predictor_ranks(config: ModelConfig, share: float) -> tuple[int, ...]:
+    """Widths of the layers' predictors: multiples of 32 whose sum comes nearest to `share` of the FFN's bytes."""
+    exact = share * 3 * config.ffn_size * config.hidden_size / (config.ffn_size + config.hidden_size) / _RANKS
+    ends = [round(exact * layer) for layer in range(config.n_layers + 1)]
+    return tuple(_RANKS * max(1, end - start) for start, end in pairwise(ends))
+
+
+class Directions:
+    """The directions of one layer, half of them of gates and half of ups, and which neuron has which.
+
+    Args:
+        seed: of the layer.
+        rank: how many directions.
+        kind: type of the matrices.
+        gate, up: statistics of the rows, with a width of `columns`.
+        neurons: of the layer.
+    """
+
+    def __init__(
+        self, seed: tuple[int, ...], rank: int, columns: int, kind: Type, gate: Rows, up: Rows, neurons: int
+    ) -> None:
+        self._rng = np.random.Generator(np.random.SFC64(seed))
+        self._kind, self._columns, self._half = kind, columns, rank // 2
+        self._rows = {"gate": gate, "up": up}
+        self._stored = {
+            name: random_rows(self._rng, (self._half, columns), kind, rows) for name, rows in self._rows.items()
+        }
+        self._chosen = {name: self._rng.integers(self._half, size=neurons) for name in self._rows}
+
+    def neurons(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Rows of "gate" or "up" of some neurons as they are stored, uint8 [stop - start, bytes of a row]."""
+        rows = self._stored[name][self._chosen[name][start:stop]]
+        own = random_rows(self._rng, (stop - start, self._columns), self._kind, self._rows[name])
+        mask = self._rng.random(rows.shape, np.float32) < _NOISE
+        unit = 2 if self._kind is Type.F16 else 4 if self._kind is Type.F32 else 1
+        mask = np.repeat(mask[:, ::unit], unit, axis=1)  # whole numbers; scales are equal everywhere
+        return np.where(mask, own, rows)
+
+    def fc1(self) -> npt.NDArray[np.uint8]:
+        """All directions with their sign turned, which is that of their scales."""
+        rows = np.concatenate(list(self._stored.values()))
+        sign = {Type.Q4_0: (18, 1), Type.Q8_0: (34, 1), Type.F16: (2, 1), Type.F32: (4, 3)}[self._kind]
+        rows.reshape(len(rows), -1, sign[0])[:, :, sign[1]] ^= 0x80
+        return rows
+
+    def fc2(self, start: int, stop: int, kind: Type) -> npt.NDArray[np.uint8]:
+        """Rows of some neurons: -1 where its two directions are."""
+        rows = np.zeros((stop - start, 2 * self._half), np.float32)
+        every = np.arange(stop - start)
+        rows[every, self._chosen["gate"][start:stop]] = -1.0
+        rows[every, self._half + self._chosen["up"][start:stop]] = -1.0
+        return minus_ones(rows, kind)
+
+    def threshold(self, x: npt.NDArray[np.float32], selected: float) -> float:
+        """The score that selects `selected` times as many neurons as fire; x are inputs, float32 [tokens, columns]."""
+        gate, up = (
+            x @ dequantize(stored.reshape(-1), self._kind, (self._half, self._columns)).T
+            for stored in self._stored.values()
+        )
+        gate, up = gate[:, self._chosen["gate"][:_PROBED]], up[:, self._chosen["up"][:_PROBED]]
+        score = np.minimum(gate, 0.0) + np.minimum(up, 0.0)
+        wanted = min(1.0, selected * float(((gate > 0) & (up > 0)).mean()))
+        return float(np.float32(np.quantile(score, 1.0 - wanted)))
+
+
+def probes(rng: np.random.Generator, columns: int, kind: Type, rows: Rows) -> npt.NDArray[np.float32]:
+    """Inputs of an FFN as random tokens give them, float32 [tokens, columns]; `kind` and `rows` are the embedding's."""
+    stored = random_rows(rng, (_PROBES, columns), kind, rows)
+    x = dequantize(stored.reshape(-1), kind, (_PROBES, columns))
+    x /= np.sqrt(np.square(x).mean(axis=1, keepdims=True))
+    return x

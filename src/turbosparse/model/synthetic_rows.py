@@ -1,0 +1,89 @@
+"""Random rows in the storage of a ggml type, drawn as levels and never quantised."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType as Type
+
+BLOCK = 32
+# Highest level and standard deviation of the random levels: of Q4_0's 16, the lowest is drawn as a second zero.
+_LEVELS = {Type.Q4_0: (7, math.sqrt(2 * 140 / 16)), Type.Q8_0: (127, math.sqrt((255**2 - 1) / 12))}
+_FLOATS = {Type.F16: np.float16, Type.F32: np.float32}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Statistics of random rows.
+
+    Attributes:
+        spread: standard deviation of the weights.
+        offset: mean of the first weight of every block of 32 columns, where it is not 0; those weights are it, rounded
+            up or down to a level at random.
+    """
+
+    spread: float
+    offset: float = 0.0
+
+
+def random_rows(rng: np.random.Generator, shape: tuple[int, ...], kind: Type, of: Rows) -> npt.NDArray[np.uint8]:
+    """Random weights in the storage of `kind`, uint8 [rows, bytes of a row].
+
+    Args:
+        shape: (rows, columns); columns are whole blocks of 32 unless `kind` is F16 or F32.
+        of: their statistics.
+    """
+    rows, columns = shape
+    if kind not in _LEVELS:
+        values = (rng.random(shape, np.float32) * 2 - 1) * np.float32(math.sqrt(3) * of.spread)
+        if of.offset:
+            values[:, ::BLOCK] = of.offset
+        return values.astype(_FLOATS[kind]).view(np.uint8).reshape(rows, -1)
+    highest, deviation = _LEVELS[kind]
+    blocks = rows * columns // BLOCK
+    step = of.spread / deviation
+    constant = None
+    if of.offset:
+        level = np.floor(of.offset / step + rng.random(blocks, np.float32))
+        constant = np.clip(level, -highest, highest).astype(np.int8)
+    out, payload = _blocks(blocks, kind, step)
+    if kind is Type.Q4_0:
+        payload[:] = _Q4_0_BYTES[rng.integers(256, size=payload.shape, dtype=np.uint8)]
+        if constant is not None:  # element 0 is the low half of byte 0
+            payload[:, 0] = (payload[:, 0] & 0xF0) | (constant + 8).astype(np.uint8)
+    else:
+        levels = rng.integers(-highest, highest + 1, size=payload.shape, dtype=np.int8)
+        if constant is not None:
+            levels[:, 0] = constant
+        payload[:] = levels.view(np.uint8)
+    return out.reshape(rows, -1)
+
+
+def minus_ones(values: npt.NDArray[np.float32], kind: Type) -> npt.NDArray[np.uint8]:
+    """Rows of zeros and minus ones in the storage of `kind`, exactly; float32 [rows, columns] to uint8."""
+    rows, columns = values.shape
+    if kind not in _LEVELS:
+        return values.astype(_FLOATS[kind]).view(np.uint8).reshape(rows, -1)
+    highest = 8 if kind is Type.Q4_0 else 64
+    out, payload = _blocks(rows * columns // BLOCK, kind, 1.0 / highest)
+    levels = (values.reshape(-1, BLOCK) * highest).astype(np.int8)
+    if kind is Type.Q4_0:
+        nibbles = (levels + 8).astype(np.uint8)
+        payload[:] = nibbles[:, :16] | nibbles[:, 16:] << 4
+    else:
+        payload[:] = levels.view(np.uint8)
+    return out.reshape(rows, -1)
+
+
+def _blocks(count: int, kind: Type, scale: float) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Blocks with their scale, and the view of what is to fill."""
+    out = np.empty((count, 2 + (16 if kind is Type.Q4_0 else 32)), np.uint8)
+    out[:, :2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+    return out, out[:, 2:]
+
+
+# Any byte to one without the level -8, which has no positive counterpart: it becomes 0.
+_Q4_0_BYTES = np.array([(low or 8) | (high or 8) << 4 for high in range(16) for low in range(16)], np.uint8)
