@@ -6,9 +6,9 @@
 namespace turbosparse {
 namespace {
 
-// What a row costs, where one of a range that is multiplied costs 1 (docs/experiments.md). Rows of down are added up,
-// which is more work than a product; rows of a list come from places that the processor does not foresee.
-constexpr double kListed = 1.3, kAdded = 1.3, kAddedOfList = 1.9;
+// What a row of a list costs, where one of three matrices that are read from end to end costs 1 (docs/experiments.md):
+// it comes from a place that the processor does not foresee, and adding a row up is more work than a product.
+constexpr double kDense = 3, kListed = 1.3, kAdded = 1.9;
 
 }  // namespace
 
@@ -42,11 +42,11 @@ void Choice::reset() {
 Mode Choice::cheapest(const Layer& layer) const {
   const double seen = static_cast<double>(tokens_ * neurons_);
   const double open = layer.open / seen, active = layer.active / seen, selected = layer.selected / seen;
-  const double dense = 2 + kAdded, exact = 1 + kListed * open + kAddedOfList * active;
+  const double exact = 1 + kListed * open + kAdded * active;
   const double needed = std::min(open, selected);
-  const double predicted = layer.predictor_cost + kListed * (selected + needed) + kAddedOfList * active;
-  if (predicts_ && layer.predictor_cost > 0 && predicted < std::min(dense, exact)) return Mode::predicted;
-  return exact < dense ? Mode::exact : Mode::dense;
+  const double predicted = layer.predictor_cost + kListed * (selected + needed) + kAdded * active;
+  if (predicts_ && layer.predictor_cost > 0 && predicted < std::min(kDense, exact)) return Mode::predicted;
+  return exact < kDense ? Mode::exact : Mode::dense;
 }
 
 }  // namespace turbosparse

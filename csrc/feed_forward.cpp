@@ -10,11 +10,6 @@
 #include "forward.h"
 
 namespace turbosparse {
-namespace {
-
-constexpr int64_t kChunkBytes = 192 * 1024;  // of one matrix: what several rows need is read again from the cache
-
-}  // namespace
 
 void Forward::dense_ffn(Member& member, const Pass& pass, int64_t index) {
   const Layer& layer = model_->layers()[index];
@@ -103,35 +98,29 @@ Forward::Inputs Forward::predictor_hidden(Member& member, const Pass& pass, cons
   return prepare(member, pass.n, layer.fc2, predictor_hidden_.data(), rank, nullptr, kPredictor);
 }
 
-// One block of neurons for all rows, a chunk at a time. `hidden` is null where nothing is predicted.
+// One block of neurons for all rows; what several rows need is in a cache after the first. `hidden` is null where
+// nothing is predicted.
 void Forward::neuron_block(Scratch& s, const Pass& pass, int64_t index, int64_t block, const Inputs& x,
                            const Inputs* hidden) {
   const Layer& layer = model_->layers()[index];
-  const int64_t size = model_->neuron_block(), d = config_.hidden;
-  const int64_t end = std::min((block + 1) * size, config_.ffn);
-  const int64_t fit = std::max<int64_t>(kBlock, kChunkBytes / layer.gate.row_bytes / kBlock * kBlock);
-  const int64_t step = pass.n == 1 ? size : std::min(fit, size);
-  bool any_gates = counts_ != nullptr, any_ups = counts_ != nullptr;
+  const int64_t size = model_->neuron_block(), first = block * size, last = std::min(first + size, config_.ffn);
+  Neurons at{index, block, first, last - first, counts_ != nullptr, counts_ != nullptr, hidden != nullptr};
   for (int64_t t = 0; t < pass.n; ++t) {
     const Mode mode = mode_of(pass, t, index);
-    any_gates = any_gates || mode != Mode::predicted;
+    at.all_gates = at.all_gates || mode != Mode::predicted;
     // In a prompt, most rows of up are needed by some token.
-    any_ups = any_ups || mode == Mode::dense || (mode == Mode::exact && !pass.decode);
+    at.all_ups = at.all_ups || mode == Mode::dense || (mode == Mode::exact && !pass.decode);
     float* partial = partial_of(t, block);
-    std::fill(partial, partial + d, 0.0f);
+    std::fill(partial, partial + config_.hidden, 0.0f);
   }
-  for (int64_t first = block * size; first < end; first += step) {
-    const Neurons at{index, block, first, std::min(step, end - first), any_gates, any_ups, hidden != nullptr};
-    // Row r is written at out + r: `first` is taken off, so that the rows land at the start of the buffer.
-    const int64_t last = first + at.n;
-    if (hidden) product(s, layer.fc2, first, last, *hidden, s.prediction.data() - first, size);
-    if (at.all_gates) product(s, layer.gate, first, last, x, s.gate.data() - first, size);
-    if (at.all_ups) product(s, layer.up, first, last, x, s.up.data() - first, size);
-    if (pass.n > 1) std::fill(s.seen.begin(), s.seen.end(), uint8_t{0});
-    for (int64_t t = 0; t < pass.n; ++t) {
-      if (counts_) count_row(s, at, t);
-      fire(s, pass, at, t, x);
-    }
+  // Row r is written at out + r: `first` is taken off, so that the block's rows land at the start of the buffer.
+  if (hidden) product(s, layer.fc2, first, last, *hidden, s.prediction.data() - first, size);
+  if (at.all_gates) product(s, layer.gate, first, last, x, s.gate.data() - first, size);
+  if (at.all_ups) product(s, layer.up, first, last, x, s.up.data() - first, size);
+  if (pass.n > 1) std::fill(s.seen.begin(), s.seen.end(), uint8_t{0});
+  for (int64_t t = 0; t < pass.n; ++t) {
+    if (counts_) count_row(s, at, t);
+    fire(s, pass, at, t, x);
   }
 }
 

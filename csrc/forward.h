@@ -79,7 +79,7 @@ class Forward {
     float* logits;
     bool decode;  // rows of sequences that are being continued, not of a prompt
   };
-  // A part of a sparse FFN at work: neurons [first, first + n) of layer `index`, which belong to `block`.
+  // A block of a sparse FFN at work: neurons [first, first + n) of layer `index`.
   struct Neurons {
     int64_t index, block, first, n;
     bool all_gates, all_ups;  // computed for every row; else each row computes those that it needs

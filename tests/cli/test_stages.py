@@ -130,7 +130,7 @@ def test_bench(sparse, tiny_gguf, monkeypatch):
 
 
 def test_bench_of_several_sequences_together(sparse):
-    options = ["-n", 4, "--prompt-tokens", 8, "--repeats", 1, "--batch", "1,3"]
+    options = ["-n", 4, "--prompt-tokens", 1, "--repeats", 1, "--batch", "1,3"]
     batches = turbo_json("bench", sparse, *options)["batches"]
     assert [(each["mode"], each["sequences"]) for each in batches] == [
         (mode, size) for size in (1, 3) for mode in ("dense", "exact")

@@ -11,7 +11,7 @@ from turbosparse.engine import Engine, SamplingParams
 
 
 class EngineBatch:
-    """A mode of a loaded model over `sequences` sequences. Each reads the prompt from another place on, so they differ.
+    """A mode of a loaded model over `sequences` sequences. Each reads the prompt with other tokens, so they differ.
 
     Its tokens are those of all sequences together, and so are its speeds.
     """
@@ -28,8 +28,7 @@ class EngineBatch:
         sessions = [engine.session(len(prompt) + decode_tokens) for _ in range(self.sequences)]
         started = time.perf_counter()
         for index, session in enumerate(sessions):
-            place = index % len(prompt)
-            session.prefill([*prompt[place:], *prompt[:place]], self._mode)
+            session.prefill([(token + index) % engine.config.vocab_size for token in prompt], self._mode)
         read = time.perf_counter()
         engine.traffic(reset=True)
         begun = time.perf_counter()
