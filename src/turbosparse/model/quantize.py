@@ -127,7 +127,8 @@ def _encode_q4_0(blocks: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     rounding that each gives, d = <w, q> / <q, q>, and keeps the one with the smallest error.
     """
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
-    inverse = np.divide(1.0, extreme, out=np.zeros_like(extreme), where=np.abs(extreme) > np.finfo(np.float32).tiny)
+    # Blocks far below half precision's smallest number become zero; their inverse would overflow.
+    inverse = np.divide(1.0, extreme, out=np.zeros_like(extreme), where=np.abs(extreme) > 1e-30)
     best_gain = np.full(len(blocks), -1.0, np.float32)
     scale = np.zeros(len(blocks), np.float32)
     levels = np.zeros(blocks.shape, np.float32)
