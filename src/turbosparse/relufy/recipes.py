@@ -63,7 +63,7 @@ class Data(_Strict):
 
 
 class Sparsity(_Strict):
-    """The penalty that keeps neurons quiet; rates are shares of active neurons, 0..1 (see objective.SoftCount)."""
+    """The penalty that keeps neurons quiet; rates are shares of active neurons, 0..1 (see sparsity.py)."""
 
     target_rate: float = Field(gt=0, lt=1)
     start_rate: float = Field(default=0.5, gt=0, le=1)
