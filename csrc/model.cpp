@@ -171,6 +171,7 @@ void Model::finish() {
       }
       l.threshold = config_.predictor_thresholds[i];
     }
+    if (!config_.activation_thresholds.empty()) l.least_value = config_.activation_thresholds[i];
     l.sliding = config_.slides(static_cast<int64_t>(i));
   }
   const Config& c = config_;
