@@ -431,3 +431,29 @@ def test_llama_cpp_refuses_the_sparse_file(tmp_path):
     run = _run_llama_cpp(tmp_path / "a.gguf")
     assert run.returncode == 1 and "Failed to load model" in run.stderr
     assert not run.stdout.strip()
+
+
+_LOGITS = """
+import sys, numpy as np
+from llama_cpp import Llama
+model = Llama(sys.argv[1], n_ctx=64, logits_all=True, verbose=False, n_threads=2)
+for token in map(int, sys.argv[3:]):
+    model.eval([token])
+np.save(sys.argv[2], model.scores[: len(sys.argv) - 3])
+model.close()
+"""
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("family", MIXTURES)
+def test_llama_cpp_finds_the_same_logits_in_a_mixture(tiny_gguf, tmp_path, family):
+    from turbosparse.engine import Engine
+
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra bench)")
+    tokens = np.random.default_rng(3).integers(3, 300, size=40).tolist()
+    arguments = [sys.executable, "-c", _LOGITS, tiny_gguf(family), tmp_path / "logits.npy", *tokens]
+    subprocess.run(list(map(str, arguments)), capture_output=True, timeout=300, check=True)
+    theirs = np.load(tmp_path / "logits.npy")
+    ours = Engine.load(tiny_gguf(family), compute="f32").session().logits(tokens)
+    error = np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)
+    assert error.max() < 5e-3  # its keys and values are float16
