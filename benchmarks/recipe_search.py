@@ -43,6 +43,7 @@ _TRAIN = {
     "name": "train",
     "objective": "cross_entropy",
     "batch_tokens": _BATCH,
+    "device_windows": 32,  # 23 GB: three arms fit on one GPU
     "learning_rate": 1e-3,
     "final_lr_share": 0.0,
 }
@@ -58,15 +59,18 @@ def _arms(teacher: str) -> dict[str, dict[str, Any]]:
         "lr-2e-3": {**base, "learning_rate": 2e-3},
         "lr-5e-4": {**base, "learning_rate": 5e-4},
         "batch-32k": {**base, "batch_tokens": _BATCH // 2, "learning_rate": 7e-4},
-        "batch-131k": {**base, "batch_tokens": 2 * _BATCH, "device_windows": 64, "learning_rate": 1.4e-3},
+        "batch-131k": {**base, "batch_tokens": 2 * _BATCH, "learning_rate": 1.4e-3},
         "hidden": {**base, "distillation": {**learn, "hidden": 1.0}},
         "muon": {**base, "optimizer": "muon"},
         "control-lr-5e-4": {"start": "dense", "learning_rate": 5e-4},
+        "control-lr-2e-3": {"start": "dense", "learning_rate": 2e-3},
         "control-muon": {"start": "dense", "optimizer": "muon"},
         "no-teacher": without_teacher,
         "teacher-only": {**base, "distillation": {**learn, "share": 1.0}},
         "plain-swap": {**without_teacher, "start": "swap"},
         "staged-l1": {**base, "sparsity": {**_PENALTY, "penalty": "l1"}},
+        "threshold-0.2": {**base, "sparsity": {**_PENALTY, "threshold": 0.2}},
+        "threshold-0.4": {**base, "sparsity": {**_PENALTY, "threshold": 0.4}},
         "late-ramp": {**base, "sparsity": {**_PENALTY, "ramp": 0.8}},
         "zeros-86": {**base, "sparsity": {**_PENALTY, "target_rate": 0.138}},
         "zeros-95": {**base, "sparsity": {**_PENALTY, "target_rate": 0.048}},
@@ -99,6 +103,7 @@ class Search:
         self.arms_folder = work / "arms"
         self.adapted = self.arms_folder / "adapt" / "1-adapt"
         self.control = self.arms_folder / "control" / "1-train"
+        self.failed: set[str] = set()
         for folder in (self.arms_folder, out):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -188,7 +193,9 @@ class Search:
         waiting = list(names)
         while (waiting or running) and time.monotonic() < self.deadline:
             for name in [name for name, process in running.items() if process.poll() is not None]:
-                del running[name]
+                if running.pop(name).returncode:
+                    self.failed.add(name)
+                    print(f"{name} failed:", (self.out / f"{name}.err").read_text()[-300:], file=sys.stderr, flush=True)
                 self.table(names)
             while waiting and len(running) < parallel:
                 name = waiting.pop(0)
@@ -210,7 +217,7 @@ class Search:
         lines.append("|" + " --- |" * 10)
         for row in rows:
             cells = [f"{row[key]:.4f}" if key in row else "-" for key in keys]
-            note = "" if row["done"] else " (not finished)"
+            note = "" if row["done"] else " (failed)" if row["name"] in self.failed else " (not finished)"
             tokens, speed = f"{row.get('tokens', 0) / 1e6:.1f}M", f"{row.get('tok_s', 0):.0f}"
             lines.append("| " + " | ".join([row["name"] + note, tokens, *cells, speed]) + " |")
         partial = self.out / "table.md.partial"

@@ -12,6 +12,13 @@
 
 namespace turbosparse {
 
+namespace {
+
+// The activation's dead zone: h, or zero where it is smaller than the layer's threshold.
+float above(float h, float threshold) { return std::fabs(h) < threshold ? 0.0f : h; }
+
+}  // namespace
+
 // Which FFN computes which row, into the scratch of every member, and the inputs of the rows in the order of the slots.
 Forward::Inputs Forward::route(Member& member, const Pass& pass, int64_t index) {
   const Layer& layer = model_->layers()[index];
@@ -202,7 +209,7 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
   for (int64_t i = 0; i < open; ++i) {
     float u = s.value[i];
     if (relu_up && !(u > 0)) u = 0;
-    const float h = s.gate_open[i] * u;
+    const float h = above(s.gate_open[i] * u, at.ffn.least_value);
     s.listed[active] = static_cast<int32_t>(at.first) + s.open[i];
     s.value[active] = h;
     active += h != 0;
@@ -293,7 +300,7 @@ void Forward::count_row(Scratch& s, const Neurons& at, int64_t row) {
   const bool relu_up = config_.activation == Activation::drelu;
   for (int64_t i = 0; i < at.n; ++i) {
     const float gate = s.gate[offset + i], up = s.up[offset + i];
-    const bool fires = gate > 0 && (!relu_up || up > 0) && gate * up != 0;
+    const bool fires = gate > 0 && (!relu_up || up > 0) && above(gate * up, at.ffn.least_value) != 0;
     counts_->gate[base + i] += gate > 0;
     counts_->up[base + i] += up > 0;
     counts_->h[base + i] += fires;

@@ -175,6 +175,7 @@ void Model::finish() {
     for (size_t e = 0; e < l.ffns.size(); ++e) {
       Ffn& ffn = l.ffns[e];
       whole = whole && ffn.gate.rows && ffn.up.rows && ffn.down.rows;
+      if (!config_.activation_thresholds.empty()) ffn.least_value = config_.activation_thresholds[i];
       if (config_.predictor_ranks.empty()) continue;
       whole = whole && (config_.predictor_ranks[i] > 0) == (ffn.fc1.rows && ffn.fc2.rows);
       ffn.threshold = config_.predictor_thresholds[i * l.ffns.size() + e];

@@ -34,7 +34,8 @@ struct Config {
   // entry an FFN.
   std::vector<int64_t> predictor_ranks;
   std::vector<float> predictor_thresholds;
-  bool predictor_normed = false;  // it reads the FFN's input; else the residual stream before the norm
+  std::vector<float> activation_thresholds;  // one a layer, or none: a smaller |h| becomes zero
+  bool predictor_normed = false;             // it reads the FFN's input; else the residual stream before the norm
 
   bool sparse() const { return activation == Activation::drelu || activation == Activation::reglu; }
   int64_t q_size() const { return heads * head_dim; }
@@ -52,7 +53,8 @@ struct Config {
 struct Ffn {
   Matrix gate, up, down;  // down is [ffn, hidden] (neuron by neuron) in a sparse model, else [hidden, ffn]
   Matrix fc1, fc2;        // the predictor, [rank, hidden] and [ffn, rank]; no rows where there is none
-  float threshold = 0;
+  float threshold = 0;    // of the predictor's scores
+  float least_value = 0;  // a smaller |h| becomes zero
 };
 
 struct Layer {

@@ -92,11 +92,15 @@ Config config_from(nb::handle source) {
     c.predictor_thresholds = nb::cast<std::vector<float>>(predictor.attr("thresholds"));
     c.predictor_normed = nb::cast<bool>(predictor.attr("normed"));
   }
+  if (const nb::object thresholds = source.attr("activation_thresholds"); !thresholds.is_none()) {
+    c.activation_thresholds = nb::cast<std::vector<float>>(thresholds);
+  }
   if (c.layers < 1 || c.hidden < 1 || c.ffn < 1 || c.vocab < 1 || c.heads < 1 || c.kv_heads < 1 || c.head_dim < 2 ||
       c.heads % c.kv_heads != 0 || c.head_dim % 2 != 0 || c.rope_scale <= 0 || c.experts < 0 || c.experts_used < 0 ||
       c.experts_used > c.experts || (c.experts > 0) != (c.experts_used > 0) ||
       c.predictor_thresholds.size() != c.predictor_ranks.size() * c.ffns() ||
-      (!c.predictor_ranks.empty() && static_cast<int64_t>(c.predictor_ranks.size()) != c.layers)) {
+      (!c.predictor_ranks.empty() && static_cast<int64_t>(c.predictor_ranks.size()) != c.layers) ||
+      (!c.activation_thresholds.empty() && static_cast<int64_t>(c.activation_thresholds.size()) != c.layers)) {
     throw std::invalid_argument("impossible sizes");
   }
   return c;

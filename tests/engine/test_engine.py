@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import FAMILY_NAMES, copy_metadata
+from factories import FAMILY_NAMES, copy_metadata, make_folder
 from transformers import AutoModelForCausalLM
 
 import turbosparse  # noqa: F401  registers the sparse model types
 from turbosparse import _native
 from turbosparse.engine import Engine, SamplingParams
 from turbosparse.errors import UserError
+from turbosparse.model.export import export_gguf
 from turbosparse.model.shapes import shape_config
 from turbosparse.model.synthetic import Rates, write_synthetic
 
@@ -128,6 +129,28 @@ def test_traffic_counts_the_rows_that_are_read(tiny_gguf, mode):
 
 
 @pytest.mark.parametrize("activation", ["drelu", "reglu"])
+def test_an_activation_threshold_drops_what_transformers_drops(tmp_path, activation):
+    folder = make_folder(tmp_path / "hf", "llama", activation, activation_threshold=[0.02, 0.3])
+    export_gguf(folder, tmp_path / "m.gguf", "f32")
+    engine = Engine.load(tmp_path / "m.gguf", compute="f32", threads=2)
+    assert engine.config.activation_thresholds == tuple(np.float32([0.02, 0.3]).tolist())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    kept: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.tap = lambda gate, up, h: kept.append((h[0] != 0).sum(0))
+    with torch.no_grad():
+        theirs = model(torch.tensor([TOKENS])).logits[0].numpy()
+    engine.count_activations()
+    dense = engine.session().logits(TOKENS, "dense")
+    counted = engine.counters().h
+    exact = engine.session()
+    assert equal_bits(np.stack([exact.decode(token, "exact") for token in TOKENS]), dense)
+    assert (np.linalg.norm(dense - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)).max() < 1e-4
+    assert np.abs(counted - torch.stack(kept).numpy()).max() <= 1  # a product within rounding of the threshold
+    assert 0 < counted[1].sum() < 0.7 * counted[0].sum()
+
+
+@pytest.mark.parametrize("activation", ["drelu", "reglu"])
 def test_counters_are_what_the_taps_of_the_reference_see(tiny_folder, tiny_gguf, activation):
     engine = Engine.load(tiny_gguf("llama", activation), compute="f32", threads=2)
     engine.count_activations()
@@ -136,9 +159,8 @@ def test_counters_are_what_the_taps_of_the_reference_see(tiny_folder, tiny_gguf,
     model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama", activation), dtype=torch.float32)
     for index, layer in enumerate(model.model.layers):
 
-        def tap(gate: torch.Tensor, up: torch.Tensor, index: int = index) -> None:
-            fires = (gate > 0) & ((up > 0) if activation == "drelu" else (up != 0))
-            for ours, theirs in ((counts.gate, gate > 0), (counts.up, up > 0), (counts.h, fires)):
+        def tap(gate: torch.Tensor, up: torch.Tensor, h: torch.Tensor, index: int = index) -> None:
+            for ours, theirs in ((counts.gate, gate > 0), (counts.up, up > 0), (counts.h, h != 0)):
                 difference = np.abs(ours[index] - theirs[0].sum(0).numpy())
                 assert difference.max() <= 1 and difference.mean() < 0.01  # a pre-activation within rounding of zero
 

@@ -5,13 +5,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from factories import MIXTURES, TinyPredictor, add_predictor
+from factories import MIXTURES, TinyPredictor, add_predictor, make_folder
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM
 
 from turbosparse import _native
 from turbosparse.engine import Engine
 from turbosparse.model.config import ModelConfig
+from turbosparse.model.export import export_gguf
 from turbosparse.model.gguf import GGUFFile
 
 TOKENS = [int(token) for token in np.random.default_rng(3).integers(3, 300, size=101)]
@@ -21,7 +22,7 @@ def equal_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
-def reference(dense_folder, activation: str, predictor=None):
+def reference(dense_folder, activation: str, predictor=None, thresholds=(0.0, 0.0)):
     """transformers' model, with the activation in its experts and what a predictor does not select left out."""
     model = AutoModelForCausalLM.from_pretrained(
         dense_folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
@@ -35,17 +36,20 @@ def reference(dense_folder, activation: str, predictor=None):
             experts.act_fn = torch.nn.ReLU()
         if activation == "drelu":
             selects = partial(selected, *matrices, seen, predictor.normed) if matrices else None
-            experts.forward = partial(drelu_experts, experts, selects)
+            experts.forward = partial(drelu_experts, experts, selects, thresholds[index])
     return model
 
 
-def drelu_experts(experts, selects, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def drelu_experts(
+    experts, selects, threshold: float, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
     """x [tokens, hidden], index and weight [tokens, chosen]: token by token, in the order of the router."""
     out = torch.zeros_like(x)
     for t in range(len(x)):
         for e, w in zip(index[t], weight[t], strict=True):
             gate, up = (experts.gate_up_proj[e] @ x[t]).chunk(2)
             h = torch.relu(gate) * torch.relu(up)
+            h = h * (h >= threshold)
             out[t] += w * (experts.down_proj[e] @ (h if selects is None else h * selects(x, t, e)))
     return out
 
@@ -67,6 +71,18 @@ def test_fp32_logits_are_those_of_transformers(tiny_folder, tiny_gguf, family, a
         ours = engine.session().logits(TOKENS, mode)
         error = np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)
         assert error.max() < 1e-4, mode
+
+
+def test_a_threshold_holds_in_every_expert_of_a_layer(tiny_folder, tmp_path):
+    thresholds = [0.02, 0.3]
+    folder = make_folder(tmp_path / "hf", "mixtral", "drelu", activation_threshold=thresholds)
+    export_gguf(folder, tmp_path / "m.gguf", "f32")
+    engine = Engine.load(tmp_path / "m.gguf", compute="f32", threads=2)
+    with torch.no_grad():
+        theirs = reference(tiny_folder("mixtral"), "drelu", None, thresholds)(torch.tensor([TOKENS])).logits[0].numpy()
+    dense = engine.session().logits(TOKENS, "dense")
+    assert (np.linalg.norm(dense - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)).max() < 1e-4
+    assert equal_bits(engine.session().logits(TOKENS, "exact"), dense)
 
 
 @pytest.mark.parametrize("quant", ["q4_0", "q8_0", "f32"])

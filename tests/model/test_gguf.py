@@ -290,7 +290,10 @@ def _rewrite(source, target, keys=None, drop=(), tensors=None):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"keys": {"turbosparse.format_version": 2}}, "format version is 2"),
+        ({"keys": {"turbosparse.format_version": 3}}, "format version is 3"),
+        ({"keys": {"turbosparse.activation_threshold": [0.5]}}, "activation_threshold is not a list of"),
+        ({"keys": {"turbosparse.activation_threshold": [0.5, -1.0]}}, "not from 0 to"),
+        ({"keys": {"turbosparse.activation_threshold": [0.5, float("nan")]}}, "activation_threshold is not a list of"),
         ({"keys": {"turbosparse.base": "gpt2"}}, "gpt2"),
         ({"keys": {"turbosparse.base": None}}, "turbosparse.base"),
         ({"keys": {"turbosparse.activation": "swiglu"}}, "drelu or reglu"),

@@ -28,8 +28,8 @@ def test_tap_counts_what_fires(activation):
     torch.manual_seed(1)
     gate, up = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
     tap = ActivationTap(activation, None)
-    tap(gate, up)
     h = gate.relu() * (up.relu() if activation == "drelu" else up)
+    tap(gate, up, h)
     expected = [(x != 0).float().mean() for x in (gate.relu(), up.relu(), h)]
     torch.testing.assert_close(tap.rates, torch.stack(expected))
     assert tap.soft is None
@@ -50,7 +50,8 @@ def test_a_tap_with_a_stride_looks_at_every_so_manieth_token():
     torch.manual_seed(2)
     gate, up = torch.randn(3, 10, 7), torch.randn(3, 10, 7)
     sampled, whole = ActivationTap("drelu", "count", stride=4), ActivationTap("drelu", "count")
-    sampled(gate, up)
-    whole(gate[:, [0, 4, 8]], up[:, [0, 4, 8]])
+    h = gate.relu() * up.relu()
+    sampled(gate, up, h)
+    whole(gate[:, [0, 4, 8]], up[:, [0, 4, 8]], h[:, [0, 4, 8]])
     assert torch.equal(sampled.rates, whole.rates)
     assert torch.equal(sampled.soft, whole.soft)

@@ -19,7 +19,7 @@ _STAGES = """
     learning_rate: 1.0e-2, align_signs: true, sparsity: {target_rate: 0.2, weight: 0.5}}
  - {name: recover, objective: cross_entropy, tokens: 640, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2,
     distillation: {teacher: dense, share: 0.5, hidden: 0.5}, optimizer: muon,
-    sparsity: {target_rate: 0.1, weight: 1.0}, eval_every: 5, save_every: 3}
+    sparsity: {target_rate: 0.1, weight: 1.0, threshold: 0.2}, eval_every: 5, save_every: 3}
 """
 
 
@@ -86,6 +86,8 @@ def test_stages_learn_and_log_loss_and_sparsity_per_domain(whole_run):
     assert 0 < checks[-1]["validation"]["a"]["sparsity_h"] < 1
     metrics = json.loads((whole_run / "2-recover" / "metrics.json").read_text())
     assert metrics["eval_a_ce"] == checks[-1]["validation"]["a"]["ce"]
+    config = json.loads((whole_run / "2-recover" / "config.json").read_text())
+    assert len(config["activation_threshold"]) == 2 and min(config["activation_threshold"]) > 0
 
 
 def test_validation_equals_a_plain_forward_pass(folder, whole_run):

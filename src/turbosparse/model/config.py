@@ -23,7 +23,7 @@ from turbosparse.model.fields import Bounds, Fields
 from turbosparse.model.gguf import GGUFFile
 from turbosparse.model.rope import FACTOR_BOUNDS, THETA_BOUNDS, rope_from_hf
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read; 2 has activation thresholds
 SPARSE_ACTIVATIONS = frozenset({"drelu", "reglu"})
 PREDICTOR_INPUTS = ("normed", "residual")
 # Hugging Face names of the gate's function, and the gated unit that it makes.
@@ -44,6 +44,7 @@ _CONTEXT: Bounds = (1, 1 << 26)
 _EXPERTS: Bounds = (0, 1024)
 _EPSILON: Bounds = (0.0, 1.0)
 _POSITIVE: Bounds = (1e-6, 1e6)
+_MOST_THRESHOLD = 1e6
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class ModelConfig:
         experts_used: how many a token takes.
         synthetic: the weights are random (synthetic.py).
         predictor: what guesses which neurons fire, if the file holds it.
+        activation_thresholds: for each layer, an |h| below it becomes zero; None: the activation alone makes zeros.
     """
 
     family: str
@@ -120,6 +122,7 @@ class ModelConfig:
     experts_used: int = 0
     synthetic: bool = False
     predictor: Predictor | None = None
+    activation_thresholds: tuple[float, ...] | None = None
 
     @property
     def sparse(self) -> bool:
@@ -217,6 +220,7 @@ def _from_hf(values: Mapping[str, object], source: str) -> ModelConfig:
         post_norms=family.post_norms,
         experts=experts,
         experts_used=used,
+        activation_thresholds=_hf_thresholds(fields, str(outer_type), n_layers),
     )
     return _checked(config, fields)
 
@@ -263,6 +267,10 @@ def _hf_activation(fields: Fields, model_type: str) -> str:
     if name not in _HF_ACTIVATIONS:
         fields.fail(f"the activation {name[:60]!r} is not supported; {', '.join(_HF_ACTIVATIONS)} are")
     return _HF_ACTIVATIONS[name]
+
+
+def _hf_thresholds(fields: Fields, model_type: str, n_layers: int) -> tuple[float, ...] | None:
+    return _activation_thresholds(fields, n_layers) if model_type.startswith(HF_PREFIX) else None
 
 
 def _hf_attention_scale(fields: Fields, head_dim: int) -> float:
@@ -339,6 +347,7 @@ def _from_gguf(file: GGUFFile) -> ModelConfig:
         experts_used=used,
         synthetic=general.flag(SYNTHETIC_KEY, False),
         predictor=_gguf_predictor(fields, n_layers, max(experts, 1)) if architecture == ARCHITECTURE else None,
+        activation_thresholds=_activation_thresholds(fields, n_layers) if architecture == ARCHITECTURE else None,
     )
     return _checked(config, fields)
 
@@ -355,8 +364,10 @@ def _gguf_identity(fields: Fields, architecture: str) -> tuple[Family, str]:
             fields.fail(f"the architecture {architecture[:60]!r} {kind} not supported; {known} are")
         return family, family.activation
     version = fields.integer("format_version", (0, 1 << 31))
-    if version != FORMAT_VERSION:
-        fields.fail(f"its format version is {version} but this release reads {FORMAT_VERSION}; upgrade turbosparse")
+    if not 1 <= version <= FORMAT_VERSION:
+        fields.fail(
+            f"its format version is {version} but this release reads 1 to {FORMAT_VERSION}; upgrade turbosparse"
+        )
     base, activation = fields.text("base"), fields.text("activation")
     if base not in FAMILIES:
         fields.fail(f"the base family {base[:60]!r} is not supported; {', '.join(FAMILIES)} are")
@@ -401,6 +412,16 @@ def _numbers(fields: Fields, key: str, kind: type[_Number], count: int) -> list[
     if not whole or not all(map(math.isfinite, numbers)):
         fields.fail(f"{key} is not a list of {count} numbers")
     return numbers
+
+
+def _activation_thresholds(fields: Fields, n_layers: int) -> tuple[float, ...] | None:
+    key = "activation_threshold"
+    if not fields.has(key):
+        return None
+    values = [float(np.float32(value)) for value in _numbers(fields, key, float, n_layers)]
+    if not all(0 <= value <= _MOST_THRESHOLD for value in values):
+        fields.fail(f"{key} holds a number that is not from 0 to {_MOST_THRESHOLD:g}")
+    return tuple(values)
 
 
 def _gguf_rope_scale(fields: Fields) -> float:

@@ -6,7 +6,7 @@ that cannot be told stops the export; a sparse model's file is ours alone and st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from gguf import GGUFValueType, GGUFWriter, LlamaFileType
 
 from turbosparse.errors import UserError
 from turbosparse.model.config import (
-    FORMAT_VERSION,
     ModelConfig,
     Predictor,
     periodic_windows,
@@ -90,7 +89,11 @@ def write_hyperparameters(writer: GGUFWriter, config: ModelConfig, quant: str) -
     if config.sparse:
         writer.add_string(f"{architecture}.base", config.family)
         writer.add_string(f"{architecture}.activation", config.activation)
-        writer.add_uint32(f"{architecture}.format_version", FORMAT_VERSION)
+        thresholds = config.activation_thresholds
+        # The oldest version that says it all, so that older releases read what they can.
+        writer.add_uint32(f"{architecture}.format_version", 1 if thresholds is None else 2)
+        if thresholds is not None:
+            _write_floats(writer, f"{architecture}.activation_threshold", thresholds)
     writer.add_block_count(config.n_layers)
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.hidden_size)
@@ -129,8 +132,7 @@ def write_tokenizer(writer: GGUFWriter, metadata: Mapping[str, Any]) -> None:
         elif isinstance(value, str):
             writer.add_string(key, value)
         elif key.endswith(".scores"):
-            # Stated, because a list of whole numbers would become integers.
-            writer.add_key_value(key, value, GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
+            _write_floats(writer, key, value)
         else:
             writer.add_array(key, value)
 
@@ -147,11 +149,14 @@ def _write_positions(writer: GGUFWriter, config: ModelConfig, architecture: str)
 
 def _write_predictor(writer: GGUFWriter, predictor: Predictor, architecture: str) -> None:
     writer.add_string(f"{architecture}.predictor.input", "normed" if predictor.normed else "residual")
-    for name, values, kind in (
-        ("rank", predictor.ranks, GGUFValueType.UINT32),
-        ("threshold", predictor.thresholds, GGUFValueType.FLOAT32),
-    ):
-        writer.add_key_value(f"{architecture}.predictor.{name}", list(values), GGUFValueType.ARRAY, kind)
+    ranks = list(predictor.ranks)
+    writer.add_key_value(f"{architecture}.predictor.rank", ranks, GGUFValueType.ARRAY, GGUFValueType.UINT32)
+    _write_floats(writer, f"{architecture}.predictor.threshold", predictor.thresholds)
+
+
+def _write_floats(writer: GGUFWriter, key: str, values: Sequence[float]) -> None:
+    """As float32, stated, because a list of whole numbers would become integers."""
+    writer.add_key_value(key, list(values), GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
 
 
 def _write_windows(writer: GGUFWriter, config: ModelConfig, family: Family, architecture: str) -> None:

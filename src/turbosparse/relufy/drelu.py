@@ -5,6 +5,9 @@
     ReGLU   h = relu(gate) * up            GLU Variants Improve Transformer, arXiv 2002.05202
             y = h @ W_down.T               gate = x @ W_gate.T, up = x @ W_up.T, plus biases where the family has them
 
+A model may also have an activation threshold in each layer: an h that is smaller becomes zero (a dead zone, which
+ProSparse, arXiv 2402.13516, adds to ReLU after training; here it can be trained with, see threshold.py).
+
 Every folder with such a model holds a copy of this file, `modeling_turbosparse.py`, named in its `auto_map`; so it
 needs torch and transformers and nothing else.
 
@@ -60,24 +63,52 @@ class SparseGLU(nn.Module):
     Attributes:
         gate_proj, up_proj: d to f; down_proj: f to d. Names and shapes are the family's, so state dicts match.
         activation: "drelu" or "reglu".
-        tap: if set, called with the pre-activations (gate, up), each [..., f], of every forward pass.
+        threshold: a float32 scalar; a smaller |h| becomes zero; None: there is none. A tensor, so that all layers
+            of a compiled model share one graph; no buffer, as the config holds it and from_pretrained would empty it.
+        tap: if set, called with (gate, up, h), pre-activations and activation, each [..., f], of every forward pass.
     """
 
-    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: str) -> None:
+    threshold: Tensor | None
+
+    def __init__(
+        self,
+        gate_proj: nn.Module,
+        up_proj: nn.Module,
+        down_proj: nn.Module,
+        activation: str,
+        threshold: float | None = None,
+    ) -> None:
         super().__init__()
         self.gate_proj = gate_proj
         self.up_proj = up_proj
         self.down_proj = down_proj
         self.activation = activation
-        self.tap: Callable[[Tensor, Tensor], None] | None = None
+        self.tap: Callable[[Tensor, Tensor, Tensor], None] | None = None
         self._combine = ACTIVATIONS[activation]
+        self.set_threshold(threshold)
+
+    def set_threshold(self, threshold: float | None) -> None:
+        """Change the threshold of this layer; the config of the model must come to say the same."""
+        self._stated = threshold
+        device = next(self.down_proj.parameters()).device
+        # A model that is still built without memory gets a number of its own all the same.
+        here = torch.device("cpu") if device.type == "meta" else device
+        self.threshold = None if threshold is None else torch.tensor(threshold, dtype=torch.float32, device=here)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseGLU:
+        super()._apply(fn, recurse)
+        self.set_threshold(self._stated)  # follows the weights to their device, not to their dtype
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d] to [..., d]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
+        h = self._combine(gate, up)
+        if self.threshold is not None:
+            h = torch.where(h.abs() < self.threshold, 0.0, h)
         if self.tap is not None:
-            self.tap(gate, up)
-        y: Tensor = self.down_proj(self._combine(gate, up))
+            self.tap(gate, up, h)
+        y: Tensor = self.down_proj(h)
         return y
 
     def extra_repr(self) -> str:
@@ -88,18 +119,21 @@ class _SparseConfig:
     """What the config of a sparse model adds to its family's; comes first in its bases.
 
     `activation` is required and stands a second time under the family's own key. They must agree: an edit that touches
-    one of them is an error, not another model.
+    one of them is an error, not another model. `activation_threshold`, if the model has it, is one number per layer.
     """
 
     activation: str
+    activation_threshold: list[float] | None
     activation_key: ClassVar[str] = "hidden_act"
     has_no_defaults_at_init: ClassVar[bool] = True  # a config without `activation` is an error even as a default
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.activation = kwargs.pop("activation", None)
+        self.activation_threshold = kwargs.pop("activation_threshold", None)
         if getattr(self, self.activation_key) == "":
             setattr(self, self.activation_key, self.activation)
         self.checked_activation()
+        self.layer_thresholds()
         super().__post_init__(**kwargs)  # type: ignore[misc]
         family = type(self).__name__.removesuffix("Config")
         module = Path(CODE_FILE).stem
@@ -124,6 +158,20 @@ class _SparseConfig:
                 )
         return self.activation
 
+    def layer_thresholds(self) -> list[float] | list[None]:
+        """The activation threshold of every layer, or as many None.
+
+        Raises:
+            ValueError: `activation_threshold` is not one finite number >= 0 per layer.
+        """
+        layers: int = self.num_hidden_layers  # type: ignore[attr-defined]
+        values = self.activation_threshold
+        if values is None:
+            return [None] * layers
+        if len(values) != layers or not all(0 <= value < float("inf") for value in values):
+            raise ValueError(f"`activation_threshold` must be {layers} finite numbers >= 0, one per layer")
+        return values
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the config and, beside it, this file: the code that `auto_map` names."""
         code = Path(__file__).read_bytes()
@@ -143,9 +191,9 @@ class _SparseModel:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         finally:
             setattr(config, config.activation_key, activation)
-        for layer in self.model.layers:  # type: ignore[attr-defined]
+        for layer, threshold in zip(self.model.layers, config.layer_thresholds(), strict=True):  # type: ignore[attr-defined]
             dense = layer.mlp
-            layer.mlp = SparseGLU(dense.gate_proj, dense.up_proj, dense.down_proj, activation)
+            layer.mlp = SparseGLU(dense.gate_proj, dense.up_proj, dense.down_proj, activation, threshold)
 
 
 class TurboSparseLlamaConfig(_SparseConfig, LlamaConfig):

@@ -71,6 +71,9 @@ class Sparsity(_Strict):
     weight: float = Field(default=1.0, ge=0)
     width: float = Field(default=0.02, gt=0, description="excess of the rate at which the full weight is reached")
     penalty: Literal["count", "l1"] = Field(default="count", description="what is pushed down: see sparsity.py")
+    threshold: float | None = Field(
+        default=None, ge=0, le=2, description="of |h|, in root mean squares of each layer's h, set as the stage begins"
+    )
 
 
 class Distillation(_Strict):

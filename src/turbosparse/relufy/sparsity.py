@@ -66,11 +66,9 @@ class ActivationTap:
         self.rates: Tensor | None = None
         self.soft: Tensor | None = None
 
-    def __call__(self, gate_BTF: Tensor, up_BTF: Tensor) -> None:
-        gate_BTF, up_BTF = gate_BTF[:, :: self.stride], up_BTF[:, :: self.stride]
-        gate_on, up_on = gate_BTF > 0, up_BTF > 0
-        active = gate_on & (up_BTF != 0 if self.gate_only else up_on)
-        self.rates = torch.stack([on.float().mean() for on in (gate_on, up_on, active)])
+    def __call__(self, gate_BTF: Tensor, up_BTF: Tensor, h_BTF: Tensor) -> None:
+        gate_BTF, up_BTF, h_BTF = (x[:, :: self.stride] for x in (gate_BTF, up_BTF, h_BTF.detach()))
+        self.rates = torch.stack([on.float().mean() for on in (gate_BTF > 0, up_BTF > 0, h_BTF != 0)])
         self.soft = self._penalty(gate_BTF, up_BTF, self.gate_only) if self._penalty else None
 
 

@@ -31,10 +31,11 @@ from turbosparse.relufy.optimizer import make_muon
 from turbosparse.relufy.progress import ProgressLog
 from turbosparse.relufy.recipes import Recipe, Stage, load_recipe
 from turbosparse.relufy.schedule import learning_rate_share
+from turbosparse.relufy.threshold import set_thresholds
 from turbosparse.relufy.validate import mean_over_domains, validate
 
 _COMPLETE = "COMPLETE"  # written last into a checkpoint: one without it was interrupted and is never read
-_ALIGN_WINDOWS = 32
+_PROBE_WINDOWS = 32  # to look at a model's activations before it trains
 # In this order where a GPU has several: on an H100 cuDNN's took half the time of flash forward, two thirds backward.
 _ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
@@ -203,12 +204,17 @@ def _teacher(stage: Stage, model: Any, device: torch.device, dtype: torch.dtype 
     return teacher
 
 
-def _align(model: Any, teacher: Any, mixture: Mixture, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Turn the student's neurons to their better side on the first windows that it will train on."""
-    ids = (mixture[index]["input_ids"] for index in range(min(_ALIGN_WINDOWS, len(mixture))))
+def _prepare(
+    stage: Stage, model: Any, teacher: Any, mixture: Mixture, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """What a stage does to the student before training, by a look at the first windows that it will train on."""
+    probes = [mixture[index]["input_ids"][None].to(device) for index in range(min(_PROBE_WINDOWS, len(mixture)))]
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        share = align_signs(model, teacher, (row[None].to(device) for row in ids), dtype)
-    print(f"align signs: {share:.1%} of the neurons turned", file=sys.stderr)
+        if stage.align_signs:
+            share = align_signs(model, teacher, probes, dtype)
+            print(f"align signs: {share:.1%} of the neurons turned", file=sys.stderr)
+        if stage.sparsity is not None and stage.sparsity.threshold is not None:
+            set_thresholds(model, stage.sparsity.threshold, probes, dtype)
 
 
 def _objective(
@@ -249,7 +255,7 @@ def _run_stage(
     arguments = _arguments(recipe, stage, partial)
     device = arguments.device
     dtype = torch.bfloat16 if device.type == "cuda" else None  # fp32 master weights, bf16 matrix products
-    model = _load(source, torch.float32)
+    model = _load(str(checkpoint or source), torch.float32)  # the checkpoint's config may hold thresholds
     tokenizer = _load_tokenizer(source)
     mixture = _mixture(recipe, tokenizer, arguments, index)
     cache = Path(recipe.data.cache)
@@ -257,8 +263,8 @@ def _run_stage(
         held.domain: validation_windows(held, tokenizer, cache, recipe.data.context) for held in recipe.data.validation
     }
     teacher = _teacher(stage, model.to(device), device, dtype)
-    if stage.align_signs and checkpoint is None:
-        _align(model, teacher, mixture, device, dtype)
+    if checkpoint is None:
+        _prepare(stage, model, teacher, mixture, device, dtype)
     objective = _objective(recipe, stage, model, teacher, device, dtype)
     trainer = RecoveryTrainer(
         model=model,

@@ -1,0 +1,60 @@
+"""Give every sparse FFN an activation threshold: the dead zone below which its h becomes zero.
+
+Most of the neurons that fire hardly matter: on a trained dReLU model, dropping every h below 0.3 times its layer's root
+mean square made five active neurons of fourteen vanish for 0.01 nats. What training does not spend on keeping small
+activations alive or on pushing them below zero, it can spend on the text.
+
+Shapes: B windows, T tokens, F neurons of one FFN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turbosparse.relufy.objective import ffns, last_hidden
+
+
+class _Energy:
+    """Tap that adds up the squares of h."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | float = 0.0
+        self._count = 0
+
+    def __call__(self, gate_BTF: Tensor, up_BTF: Tensor, h_BTF: Tensor) -> None:
+        self._sum = self._sum + h_BTF.float().square().sum()
+        self._count += h_BTF.numel()
+
+    def root_mean_square(self) -> float:
+        return (float(self._sum) / max(1, self._count)) ** 0.5
+
+
+@torch.no_grad()
+def set_thresholds(model: Any, share: float, batches: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
+    """Set each layer's threshold, in the model and in its config, to `share` of the root mean square of its h.
+
+    Args:
+        model: a sparse model; thresholds that it has are left out of the measurement and replaced.
+        share: 0.3 is a good start; more gives more zeros and costs more.
+        batches: int64 [B, T] token ids; some ten thousand tokens are enough.
+        dtype: of the residual stream, as in last_hidden.
+    """
+    taps = []
+    for mlp in ffns(model):
+        mlp.set_threshold(None)
+        mlp.tap = _Energy()
+        taps.append(mlp.tap)
+    try:
+        for ids_BT in batches:
+            last_hidden(model, ids_BT, dtype)
+    finally:
+        for mlp in ffns(model):
+            mlp.tap = None
+    thresholds = [share * tap.root_mean_square() for tap in taps]
+    model.config.activation_threshold = thresholds
+    for mlp, threshold in zip(ffns(model), thresholds, strict=True):
+        mlp.set_threshold(threshold)
