@@ -22,7 +22,7 @@ from gguf import GGMLQuantizationType
 from turbosparse import _native
 from turbosparse._native import kernels
 from turbosparse.model.shapes import SHAPES, shape_config
-from turbosparse.model.synthetic import random_rows
+from turbosparse.model.synthetic_rows import Rows, random_rows
 
 PASSES = 7
 COLD_BYTES = 400 << 20
@@ -44,15 +44,16 @@ class Phase:
 def phases_of(shape: str, gate_rate: float, active: float) -> list[Phase]:
     """The phases of dense and exact mode."""
     c = shape_config(shape, "drelu")
+    ffns = c.n_layers * c.ffns_used
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     return [
         Phase("attention q, k, v", q + 2 * kv, c.hidden_size, c.n_layers),
         Phase("attention output", c.hidden_size, q, c.n_layers),
-        Phase("gate", c.ffn_size, c.hidden_size, c.n_layers),
-        Phase("up, listed", c.ffn_size, c.hidden_size, c.n_layers, gate_rate),
-        Phase("down, listed", c.ffn_size, c.hidden_size, c.n_layers, active, axpy=True),
-        Phase("down, all neurons", c.ffn_size, c.hidden_size, c.n_layers, axpy=True),
-        Phase("down of the dense twin", c.hidden_size, c.ffn_size, c.n_layers),
+        Phase("gate", c.ffn_size, c.hidden_size, ffns),
+        Phase("up, listed", c.ffn_size, c.hidden_size, ffns, gate_rate),
+        Phase("down, listed", c.ffn_size, c.hidden_size, ffns, active, axpy=True),
+        Phase("down, all neurons", c.ffn_size, c.hidden_size, ffns, axpy=True),
+        Phase("down of the dense twin", c.hidden_size, c.ffn_size, ffns),
         Phase("head", c.vocab_size, c.hidden_size, 1),
     ]
 
@@ -60,7 +61,7 @@ def phases_of(shape: str, gate_rate: float, active: float) -> list[Phase]:
 def measure(phase: Phase, kind: GGMLQuantizationType, isa: str, threads: int) -> tuple[float, float, float]:
     """(seconds of one product, bytes that it reads, the read limit meanwhile in GB/s)."""
     rng = np.random.default_rng(0)
-    raw = random_rows(rng, (phase.rows, phase.cols), kind, 1.0, 0.0).reshape(-1)
+    raw = random_rows(rng, (phase.rows, phase.cols), kind, Rows(1.0)).reshape(-1)
     matrices = [
         kernels.Matrix(isa, int(kind), phase.rows, phase.cols, raw) for _ in range(max(1, COLD_BYTES // raw.size))
     ]

@@ -17,7 +17,8 @@ constexpr bool automatic(Mode mode) { return mode == Mode::automatic || mode == 
 
 class Choice {
  public:
-  // `predictor_cost`: of each layer, in rows of gate for each of its neurons; 0 where it has no predictor.
+  // `neurons`: that a token computes in a layer. `predictor_cost`: of each layer, in rows of gate for each of its
+  // neurons; 0 where it has no predictor.
   Choice(int64_t neurons, const std::vector<double>& predictor_cost);
 
   Mode of(int64_t layer) const { return chosen_[layer]; }  // exact while it is still counting

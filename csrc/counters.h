@@ -26,9 +26,10 @@ struct Traffic {
 };
 
 // On how many tokens every neuron had gate > 0, up > 0 and h != 0, was selected by the predictor, and was both selected
-// and active: [layers * ffn] each.
+// and active: [layers * FFNs * ffn] each. And how many tokens every FFN of a layer computed: [layers * FFNs].
 struct Counts {
   int64_t tokens = 0;
+  std::vector<int64_t> routed;
   std::vector<int64_t> gate, up, h, selected, hit;
 };
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two feed-forward blocks: of dense models, and of those that compute only neurons that fire.
+// The two feed-forward blocks: of dense models, and of those that compute only neurons that fire. A layer has a list of
+// FFNs, one or some experts; routing.h says which of them compute a row, and what they put out is added in their order.
 //
 // A sparse FFN is a sum over neurons. They are split into fixed blocks (model.h); a block sums its neurons in their
 // order into a partial vector of its own, and partials are added in the order of blocks. A neuron that is left out
@@ -18,54 +19,109 @@ float above(float h, float threshold) { return std::fabs(h) < threshold ? 0.0f :
 
 }  // namespace
 
+// Which FFN computes which row, into the scratch of every member, and the inputs of the rows in the order of the slots.
+Forward::Inputs Forward::route(Member& member, const Pass& pass, int64_t index) {
+  const Layer& layer = model_->layers()[index];
+  Scratch& s = scratch_[member.rank()];
+  Routing& routing = s.routing;
+  Inputs x = normed(member, pass.n, layer.ffn_norm, layer.ffns[0].gate);
+  if (layer.router.rows == 0) {
+    routing.all(pass.n);
+  } else {
+    multiply(member, layer.router, x, router_.data(), config_.experts);
+    member.barrier();
+    routing.choose(router_.data(), pass.n, config_.experts, config_.experts_used);
+    if (pass.n > 1) {
+      x = prepare(member, routing.slots(), layer.ffns[0].gate, residual_.data(), config_.hidden, layer.ffn_norm, kMain,
+                  routing.row.data());
+    }
+  }
+  s.slots.clear();
+  for (const int32_t row : routing.row) s.slots.push_back(pass.rows[row]);
+  if (counts_ && member.rank() == 0) {
+    for (const Routing::Group& group : routing.groups) {
+      counts_->routed[index * config_.ffns() + group.expert] += group.n;
+    }
+  }
+  return x;
+}
+
+// residual += what the FFNs put out (update_, a row a slot), in the order of slots.
+void Forward::add_outputs(Member& member, const Routing& routing, const float* post_norm) {
+  if (post_norm) {  // of one FFN: a slot is a row
+    norm_into_residual(member, routing.slots(), post_norm);
+    return;
+  }
+  const int64_t d = config_.hidden;
+  const auto [first, last] = member.part(d, 16);
+  for (int64_t i = 0; i < routing.slots(); ++i) {
+    const float *output = &update_[i * d], weight = routing.weight[i];
+    float* residual = &residual_[routing.row[i] * d];
+    for (int64_t c = first; c < last; ++c) residual[c] += weight * output[c];
+  }
+  member.barrier();
+}
+
 void Forward::dense_ffn(Member& member, const Pass& pass, int64_t index) {
   const Layer& layer = model_->layers()[index];
+  const Routing& routing = scratch_[member.rank()].routing;
   const int64_t f = config_.ffn;
-  float *gate = hidden_.data(), *up = gate + kMostRows * f;
-  const Inputs x = normed(member, pass.n, layer.ffn_norm, layer.gate);
-  multiply(member, layer.gate, x, gate, f);
-  multiply(member, layer.up, x, up, f);
-  const auto combine = config_.activation == Activation::swiglu ? kernels_.swiglu : kernels_.geglu;
+  float *gate = hidden_.data(), *up = gate + most_slots_ * f;
+  const Inputs x = route(member, pass, index);
+  for (const Routing::Group& group : routing.groups) {
+    const Ffn& ffn = layer.ffns[group.expert];
+    multiply(member, ffn.gate, x.of(group), gate + group.first * f, f);
+    multiply(member, ffn.up, x.of(group), up + group.first * f, f);
+    combine(member, group, index, gate + group.first * f, up + group.first * f);
+  }
+  member.barrier();
+  const Inputs h = prepare(member, routing.slots(), layer.ffns[0].down, gate, f, nullptr);
+  for (const Routing::Group& group : routing.groups) {
+    multiply(member, layer.ffns[group.expert].down, h.of(group), &update_[group.first * config_.hidden],
+             config_.hidden);
+  }
+  add_outputs(member, routing, layer.post_ffn_norm);
+}
+
+// h of a group's rows, in the place of their gates.
+void Forward::combine(Member& member, const Routing::Group& group, int64_t index, float* gate, const float* up) {
+  const int64_t f = config_.ffn, base = (index * config_.ffns() + group.expert) * f;
+  const auto h_of = config_.activation == Activation::swiglu ? kernels_.swiglu : kernels_.geglu;
   const auto [first, last] = member.part(f, 16);
-  for (int64_t t = 0; t < pass.n; ++t) {
+  for (int64_t t = 0; t < group.n; ++t) {
     float* g = gate + t * f + first;
     const float* u = up + t * f + first;
     if (counts_) {
       for (int64_t j = 0; j < last - first; ++j) {
-        counts_->gate[index * f + first + j] += g[j] > 0;
-        counts_->up[index * f + first + j] += u[j] > 0;
+        counts_->gate[base + first + j] += g[j] > 0;
+        counts_->up[base + first + j] += u[j] > 0;
       }
     }
-    combine(g, u, last - first, g);
+    h_of(g, u, last - first, g);
     if (counts_) {
-      for (int64_t j = 0; j < last - first; ++j) counts_->h[index * f + first + j] += g[j] != 0;
+      for (int64_t j = 0; j < last - first; ++j) counts_->h[base + first + j] += g[j] != 0;
     }
   }
-  member.barrier();
-  const Inputs h = prepare(member, pass.n, layer.down, gate, f, nullptr);
-  add_to_residual(member, pass, layer.down, h, layer.post_ffn_norm);
 }
 
 void Forward::sparse_ffn(Member& member, const Pass& pass, int64_t index) {
   const Layer& layer = model_->layers()[index];
-  const Inputs x = normed(member, pass.n, layer.ffn_norm, layer.gate);
+  Scratch& s = scratch_[member.rank()];
+  const Inputs x = route(member, pass, index);
   const bool predicts = scores_wanted(pass, index);
   const Inputs hidden = predicts ? predictor_hidden(member, pass, layer, x) : Inputs{};
-  const int64_t blocks = model_->neuron_blocks();
-  for (int64_t b; (b = next_block_.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
-    neuron_block(scratch_[member.rank()], pass, index, b, x, predicts ? &hidden : nullptr);
+  const int64_t blocks = model_->neuron_blocks(), tasks = blocks * static_cast<int64_t>(s.routing.groups.size());
+  for (int64_t task; (task = next_block_.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+    const Routing::Group& group = s.routing.groups[task / blocks];
+    Pass part = pass;
+    part.rows = &s.slots[group.first];
+    part.n = group.n;
+    const Inputs scored = hidden.of(group);
+    neuron_block(s, part, index, group, task % blocks, x.of(group), predicts ? &scored : nullptr);
   }
   member.barrier();
-  reduce_blocks(member, pass);
-  if (layer.post_ffn_norm) {
-    norm_into_residual(member, pass.n, layer.post_ffn_norm);
-  } else {
-    const auto [first, last] = member.part(config_.hidden, 16);
-    for (int64_t t = 0; t < pass.n; ++t) {
-      for (int64_t c = first; c < last; ++c) residual_[t * config_.hidden + c] += update_[t * config_.hidden + c];
-    }
-    member.barrier();
-  }
+  reduce_blocks(member, s.routing.slots());
+  add_outputs(member, s.routing, layer.post_ffn_norm);
 }
 
 // How a row computes a layer: dense, exact or predicted.
@@ -85,45 +141,48 @@ bool Forward::scores_wanted(const Pass& pass, int64_t index) const {
   return wanted;
 }
 
-// relu(fc1 x), as input of fc2. `x` is the FFN's own input.
+// relu(fc1 x), as input of fc2, for every slot. `x` is the FFN's own input.
 Forward::Inputs Forward::predictor_hidden(Member& member, const Pass& pass, const Layer& layer, const Inputs& x) {
-  const int64_t rank = layer.fc1.rows;
-  if (config_.predictor_normed) {
-    multiply(member, layer.fc1, x, predictor_hidden_.data(), rank);
-  } else {
-    const Inputs raw = prepare(member, pass.n, layer.fc1, residual_.data(), config_.hidden, nullptr, kPredictor);
-    multiply(member, layer.fc1, raw, predictor_hidden_.data(), rank);
+  const Routing& routing = scratch_[member.rank()].routing;
+  const int64_t rank = layer.ffns[0].fc1.rows, slots = routing.slots();
+  const Inputs seen = config_.predictor_normed
+                          ? x
+                          : prepare(member, pass.n == 1 ? 1 : slots, layer.ffns[0].fc1, residual_.data(),
+                                    config_.hidden, nullptr, kPredictor, routing.row.data());
+  for (const Routing::Group& group : routing.groups) {
+    multiply(member, layer.ffns[group.expert].fc1, seen.of(group), &predictor_hidden_[group.first * rank], rank);
   }
   const auto [first, last] = member.part(rank, 16);
-  for (int64_t t = 0; t < pass.n; ++t) {
+  for (int64_t t = 0; t < slots; ++t) {
     for (int64_t r = first; r < last; ++r) {
       float& value = predictor_hidden_[t * rank + r];
       value = value > 0 ? value : 0;
     }
   }
   member.barrier();
-  return prepare(member, pass.n, layer.fc2, predictor_hidden_.data(), rank, nullptr, kPredictor);
+  return prepare(member, slots, layer.ffns[0].fc2, predictor_hidden_.data(), rank, nullptr, kPredictor);
 }
 
-// One block of neurons for all rows; what several rows need is in a cache after the first. `hidden` is null where
-// nothing is predicted.
-void Forward::neuron_block(Scratch& s, const Pass& pass, int64_t index, int64_t block, const Inputs& x,
-                           const Inputs* hidden) {
-  const Layer& layer = model_->layers()[index];
+// One block of neurons for all rows of a group; what several rows need is in a cache after the first. `hidden` is null
+// where nothing is predicted.
+void Forward::neuron_block(Scratch& s, const Pass& pass, int64_t index, const Routing::Group& group, int64_t block,
+                           const Inputs& x, const Inputs* hidden) {
+  const Ffn& ffn = model_->layers()[index].ffns[group.expert];
   const int64_t size = model_->neuron_block(), first = block * size, last = std::min(first + size, config_.ffn);
-  Neurons at{index, block, first, last - first, counts_ != nullptr, counts_ != nullptr, hidden != nullptr};
+  Neurons at{ffn,   index,        group.expert,       group.first,        block,
+             first, last - first, counts_ != nullptr, counts_ != nullptr, hidden != nullptr};
   for (int64_t t = 0; t < pass.n; ++t) {
     const Mode mode = mode_of(pass, t, index);
     at.all_gates = at.all_gates || mode != Mode::predicted;
     // In a prompt, most rows of up are needed by some token.
     at.all_ups = at.all_ups || mode == Mode::dense || (mode == Mode::exact && !pass.decode);
-    float* partial = partial_of(t, block);
+    float* partial = partial_of(at.slot + t, block);
     std::fill(partial, partial + config_.hidden, 0.0f);
   }
   // Row r is written at out + r: `first` is taken off, so that the block's rows land at the start of the buffer.
-  if (hidden) product(s, layer.fc2, first, last, *hidden, s.prediction.data() - first, size);
-  if (at.all_gates) product(s, layer.gate, first, last, x, s.gate.data() - first, size);
-  if (at.all_ups) product(s, layer.up, first, last, x, s.up.data() - first, size);
+  if (hidden) product(s, ffn.fc2, first, last, *hidden, s.prediction.data() - first, size);
+  if (at.all_gates) product(s, ffn.gate, first, last, x, s.gate.data() - first, size);
+  if (at.all_ups) product(s, ffn.up, first, last, x, s.up.data() - first, size);
   if (pass.n > 1) std::fill(s.seen.begin(), s.seen.end(), uint8_t{0});
   for (int64_t t = 0; t < pass.n; ++t) {
     if (counts_) count_row(s, at, t);
@@ -133,7 +192,6 @@ void Forward::neuron_block(Scratch& s, const Pass& pass, int64_t index, int64_t 
 
 // The neurons of a row that fire, added to its partial sum.
 void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x) {
-  const Layer& layer = model_->layers()[at.index];
   const Mode mode = mode_of(pass, row, at.index);
   const int64_t selected = at.scores ? select(s, at, row) : 0;
   const int64_t open = open_gates(s, pass, at, row, x, mode == Mode::predicted ? selected : -1);
@@ -142,8 +200,8 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
     for (int64_t i = 0; i < open; ++i) s.value[i] = up[s.open[i]];
   } else {
     list_open(s, at, open);
-    count_read(s, pass, at, open, layer.up, 1);
-    listed_product(s, layer.up, open, x, row);
+    count_read(s, pass, at, open, at.ffn.up, 1);
+    listed_product(s, at.ffn.up, open, x, row);
   }
   // h of the open neurons; those that are not zero move to the front.
   const bool relu_up = config_.activation == Activation::drelu;
@@ -151,7 +209,7 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
   for (int64_t i = 0; i < open; ++i) {
     float u = s.value[i];
     if (relu_up && !(u > 0)) u = 0;
-    const float h = above(s.gate_open[i] * u, layer.least_value);
+    const float h = above(s.gate_open[i] * u, at.ffn.least_value);
     s.listed[active] = static_cast<int32_t>(at.first) + s.open[i];
     s.value[active] = h;
     active += h != 0;
@@ -164,8 +222,8 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
     if (choice.counting()) choice.count(at.index, open, active, selected);
   }
   if (mode == Mode::dense) active = list_every(s, at, active);
-  count_read(s, pass, at, active, layer.down, 2);
-  kernels_.axpy_listed(layer.down, s.listed.data(), s.value.data(), active, partial_of(row, at.block));
+  count_read(s, pass, at, active, at.ffn.down, 2);
+  kernels_.axpy_listed(at.ffn.down, s.listed.data(), s.value.data(), active, partial_of(at.slot + row, at.block));
 }
 
 // The open gates of a row, of all its neurons (`selected` < 0) or of the selected ones that s.open lists: s.open,
@@ -181,10 +239,9 @@ int64_t Forward::open_gates(Scratch& s, const Pass& pass, const Neurons& at, int
   if (at.all_gates) {
     for (int64_t i = 0; i < selected; ++i) s.value[i] = gate[s.open[i]];
   } else {
-    const Matrix& w = model_->layers()[at.index].gate;
     list_open(s, at, selected);
-    count_read(s, pass, at, selected, w, 0);
-    listed_product(s, w, selected, x, row);
+    count_read(s, pass, at, selected, at.ffn.gate, 0);
+    listed_product(s, at.ffn.gate, selected, x, row);
   }
   int64_t open = 0;
   for (int64_t i = 0; i < selected; ++i) {
@@ -198,7 +255,7 @@ int64_t Forward::open_gates(Scratch& s, const Pass& pass, const Neurons& at, int
 // s.open = the neurons whose score reaches the threshold, counted from at.first. Returns how many.
 int64_t Forward::select(Scratch& s, const Neurons& at, int64_t row) {
   // score >= threshold is score > the number before it, and the difference of two floats is positive where they differ.
-  const float below = std::nextafter(model_->layers()[at.index].threshold, -INFINITY);
+  const float below = std::nextafter(at.ffn.threshold, -INFINITY);
   float* score = &s.prediction[row * model_->neuron_block()];
   for (int64_t i = 0; i < at.n; ++i) score[i] -= below;
   return kernels_.positive(score, at.n, s.open.data());
@@ -238,27 +295,27 @@ void Forward::count_read(Scratch& s, const Pass& pass, const Neurons& at, int64_
 
 // What the neurons of a row do, and what the predictor says of them; every gate and up is known.
 void Forward::count_row(Scratch& s, const Neurons& at, int64_t row) {
-  const int64_t offset = row * model_->neuron_block(), base = at.index * config_.ffn + at.first;
+  const int64_t offset = row * model_->neuron_block();
+  const int64_t base = (at.index * config_.ffns() + at.expert) * config_.ffn + at.first;
   const bool relu_up = config_.activation == Activation::drelu;
-  const Layer& layer = model_->layers()[at.index];
   for (int64_t i = 0; i < at.n; ++i) {
     const float gate = s.gate[offset + i], up = s.up[offset + i];
-    const bool fires = gate > 0 && (!relu_up || up > 0) && above(gate * up, layer.least_value) != 0;
+    const bool fires = gate > 0 && (!relu_up || up > 0) && above(gate * up, at.ffn.least_value) != 0;
     counts_->gate[base + i] += gate > 0;
     counts_->up[base + i] += up > 0;
     counts_->h[base + i] += fires;
-    if (!layer.predicts()) continue;
-    const bool selected = s.prediction[offset + i] >= layer.threshold;
+    if (at.ffn.fc1.rows == 0) continue;
+    const bool selected = s.prediction[offset + i] >= at.ffn.threshold;
     counts_->selected[base + i] += selected;
     counts_->hit[base + i] += selected && fires;
   }
 }
 
-// update = sum of the blocks' partial sums, in block order.
-void Forward::reduce_blocks(Member& member, const Pass& pass) {
+// update = sum of the blocks' partial sums, in block order, for every slot.
+void Forward::reduce_blocks(Member& member, int64_t slots) {
   const int64_t d = config_.hidden, blocks = model_->neuron_blocks();
   const auto [first, last] = member.part(d, 16);
-  for (int64_t t = 0; t < pass.n; ++t) {
+  for (int64_t t = 0; t < slots; ++t) {
     float* update = &update_[t * d];
     std::fill(update + first, update + last, 0.0f);
     for (int64_t b = 0; b < blocks; ++b) {

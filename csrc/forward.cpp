@@ -9,20 +9,24 @@
 namespace turbosparse {
 
 Forward::Forward(std::shared_ptr<Model> model)
-    : model_(std::move(model)), config_(model_->config()), kernels_(model_->kernels()) {
+    : model_(std::move(model)),
+      config_(model_->config()),
+      kernels_(model_->kernels()),
+      most_slots_(kMostRows * config_.ffns_used()) {
   const int64_t n = kMostRows, per_block = model_->neuron_block();
   const int64_t widest = std::max({config_.hidden, config_.q_size(), config_.ffn});
   residual_.resize(n * config_.hidden);
-  update_.resize(n * config_.hidden);
+  update_.resize(most_slots_ * config_.hidden);
   qkv_.resize(n * (config_.q_size() + 2 * config_.kv_size()));
   attended_.resize(n * config_.q_size());
   if (config_.sparse()) {
-    partial_ = Mapping(n * model_->neuron_blocks() * config_.hidden * sizeof(float), false);
+    partial_ = Mapping(most_slots_ * model_->neuron_blocks() * config_.hidden * sizeof(float), false);
   } else {
-    hidden_.resize(2 * n * config_.ffn);
+    hidden_.resize(2 * most_slots_ * config_.ffn);
   }
   const int64_t rank = config_.widest_predictor();
-  predictor_hidden_.resize(n * rank);
+  predictor_hidden_.resize(most_slots_ * rank);
+  router_.resize(n * config_.experts);
   for (auto* table : {&cosine_, &sine_, &cosine_local_, &sine_local_}) table->resize(n * (config_.head_dim / 2));
   const int64_t width[kRooms] = {widest, rank > 0 ? std::max(rank, config_.hidden) : 0};
   const auto resize = [&](InputRoom* rooms, int64_t vectors) {
@@ -31,7 +35,7 @@ Forward::Forward(std::shared_ptr<Model> model)
       rooms[room].rest.resize(vectors, width[room]);
     }
   };
-  resize(shared_, n);
+  resize(shared_, most_slots_);
   scratch_.resize(model_->team().size());
   for (Scratch& s : scratch_) {
     resize(s.inputs, 1);

@@ -13,6 +13,7 @@
 
 #include "memory.h"
 #include "model.h"
+#include "routing.h"
 #include "session.h"
 
 namespace turbosparse {
@@ -48,12 +49,19 @@ class Forward {
       if (rest.count > 0) v.rest = &rest;
       return v;
     }
+    // Those of a group of slots. A single vector is that of the only row, whatever FFN computes it.
+    Inputs of(const Routing::Group& group) const;
   };
   struct InputRoom {
     Prepared values, rest;
   };
   // Inputs that are needed at the same time lie in different rooms.
   enum Room { kMain, kPredictor, kRooms };
+  struct Row {
+    Session* session;
+    int64_t position;
+    int32_t token;
+  };
   // What a member needs for itself.
   struct Scratch {
     InputRoom inputs[kRooms];
@@ -63,12 +71,9 @@ class Forward {
     std::vector<float> gate_open, value;      // of listed neurons
     std::vector<int32_t> open, listed;
     std::vector<uint8_t> seen;  // [gate, up and down, neurons of a block]: read for an earlier row already
+    Routing routing;            // of the layer at work; the same in every member
+    std::vector<Row> slots;     // the rows in the order of its slots
     Traffic traffic;
-  };
-  struct Row {
-    Session* session;
-    int64_t position;
-    int32_t token;
   };
   // The arguments of one pass, shared by the members.
   struct Pass {
@@ -79,9 +84,11 @@ class Forward {
     float* logits;
     bool decode;  // rows of sequences that are being continued, not of a prompt
   };
-  // A block of a sparse FFN at work: neurons [first, first + n) of layer `index`.
+  // A block of a sparse FFN at work: neurons [first, first + n) of an FFN of layer `index`, for the rows from `slot`
+  // on.
   struct Neurons {
-    int64_t index, block, first, n;
+    const Ffn& ffn;
+    int64_t index, expert, slot, block, first, n;
     bool all_gates, all_ups;  // computed for every row; else each row computes those that it needs
     bool scores;              // of the predictor are there
   };
@@ -98,8 +105,9 @@ class Forward {
   // products.cpp: make vectors (the residual stream, for `normed`) the inputs of products with `w` and matrices of its
   // type; every member gets all n of them.
   Inputs normed(Member& member, int64_t n, const float* weight, const Matrix& w);
+  // With `rows`, vector i is row rows[i] of the source.
   Inputs prepare(Member& member, int64_t n, const Matrix& w, const float* source, int64_t stride, const float* norm,
-                 Room room = kMain);
+                 Room room = kMain, const int32_t* rows = nullptr);
   void multiply(Member& member, const Matrix& w, const Inputs& x, float* out, int64_t stride);
   // Rows [first, last) of w; row r of vector v goes to out[v * stride + r].
   void product(Scratch& scratch, const Matrix& w, int64_t first, int64_t last, const Inputs& x, float* out,
@@ -119,8 +127,12 @@ class Forward {
   // feed_forward.cpp
   void dense_ffn(Member& member, const Pass& pass, int64_t index);
   void sparse_ffn(Member& member, const Pass& pass, int64_t index);
+  Inputs route(Member& member, const Pass& pass, int64_t index);
+  void combine(Member& member, const Routing::Group& group, int64_t index, float* gate, const float* up);
+  void add_outputs(Member& member, const Routing& routing, const float* post_norm);
   Inputs predictor_hidden(Member& member, const Pass& pass, const Layer& layer, const Inputs& x);
-  void neuron_block(Scratch& s, const Pass& pass, int64_t index, int64_t block, const Inputs& x, const Inputs* hidden);
+  void neuron_block(Scratch& s, const Pass& pass, int64_t index, const Routing::Group& group, int64_t block,
+                    const Inputs& x, const Inputs* hidden);
   void fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x);
   int64_t open_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t selected);
   int64_t select(Scratch& s, const Neurons& at, int64_t row);
@@ -128,17 +140,18 @@ class Forward {
   int64_t list_every(Scratch& s, const Neurons& at, int64_t active);
   void count_read(Scratch& s, const Pass& pass, const Neurons& at, int64_t n, const Matrix& w, int which);
   void count_row(Scratch& s, const Neurons& at, int64_t row);
-  void reduce_blocks(Member& member, const Pass& pass);
-  float* partial_of(int64_t row, int64_t block) {
-    return reinterpret_cast<float*>(partial_.data()) + (row * model_->neuron_blocks() + block) * config_.hidden;
+  void reduce_blocks(Member& member, int64_t slots);
+  float* partial_of(int64_t slot, int64_t block) {
+    return reinterpret_cast<float*>(partial_.data()) + (slot * model_->neuron_blocks() + block) * config_.hidden;
   }
 
   std::shared_ptr<Model> model_;
   const Config& config_;
   const Kernels& kernels_;
   std::vector<int32_t> cells_;  // 0, 1, 2 ... as many as the longest context that was seen
-  std::vector<float> residual_, update_, qkv_, attended_, hidden_, predictor_hidden_;
-  Mapping partial_;  // [rows, neuron blocks, hidden] floats
+  const int64_t most_slots_;    // of a layer: rows, each as often as it is computed
+  std::vector<float> residual_, update_, qkv_, attended_, hidden_, predictor_hidden_, router_;
+  Mapping partial_;  // [slots, neuron blocks, hidden] floats
   std::vector<float> cosine_, sine_, cosine_local_, sine_local_;
   InputRoom shared_[kRooms];
   std::vector<Scratch> scratch_;

@@ -60,10 +60,12 @@ Model::Model(Config config, const Kernels* kernels, bool exact_fp32, int threads
       layers_(config_.layers) {
   const int64_t per_block = (config_.ffn + kMaxNeuronBlocks - 1) / kMaxNeuronBlocks;
   neuron_block_ = (per_block + kBlock - 1) / kBlock * kBlock;
+  for (Layer& layer : layers_) layer.ffns.resize(config_.ffns());
 }
 
-Matrix* Model::matrix_slot(const std::string& name, int64_t rows, int64_t cols) {
+Matrix* Model::matrix_slot(const std::string& name, int64_t expert, int64_t rows, int64_t cols) {
   const Config& c = config_;
+  if (expert < 0 || expert >= c.ffns()) fail("no such expert of " + name);
   struct Entry {
     Matrix* slot;
     int64_t rows, cols;
@@ -74,17 +76,20 @@ Matrix* Model::matrix_slot(const std::string& name, int64_t rows, int64_t cols) 
     entries = {{"token_embd.weight", {&embedding_, c.vocab, c.hidden}}, {"output.weight", {&head_, c.vocab, c.hidden}}};
   } else if (layer < c.layers) {
     Layer& l = layers_[layer];
+    Ffn& ffn = l.ffns[expert];
+    const std::string end = c.experts > 0 ? "_exps.weight" : ".weight";
     entries = {{"attn_q.weight", {&l.q, c.q_size(), c.hidden}},  {"attn_k.weight", {&l.k, c.kv_size(), c.hidden}},
                {"attn_v.weight", {&l.v, c.kv_size(), c.hidden}}, {"attn_output.weight", {&l.o, c.hidden, c.q_size()}},
-               {"ffn_gate.weight", {&l.gate, c.ffn, c.hidden}},  {"ffn_up.weight", {&l.up, c.ffn, c.hidden}}};
+               {"ffn_gate" + end, {&ffn.gate, c.ffn, c.hidden}}, {"ffn_up" + end, {&ffn.up, c.ffn, c.hidden}}};
+    if (c.experts > 0) entries["ffn_gate_inp.weight"] = {&l.router, c.experts, c.hidden};
     if (c.sparse()) {
-      entries["ffn_down_t.weight"] = {&l.down, c.ffn, c.hidden};
+      entries["ffn_down_t" + end] = {&ffn.down, c.ffn, c.hidden};
     } else {
-      entries["ffn_down.weight"] = {&l.down, c.hidden, c.ffn};
+      entries["ffn_down" + end] = {&ffn.down, c.hidden, c.ffn};
     }
     if (const int64_t rank = c.predictor_ranks.empty() ? 0 : c.predictor_ranks[layer]; rank > 0) {
-      entries["fc1.weight"] = {&l.fc1, rank, c.hidden};
-      entries["fc2.weight"] = {&l.fc2, c.ffn, rank};
+      entries["fc1" + end] = {&ffn.fc1, rank, c.hidden};
+      entries["fc2" + end] = {&ffn.fc2, c.ffn, rank};
     }
   }
   const auto found = entries.find(part);
@@ -93,9 +98,9 @@ Matrix* Model::matrix_slot(const std::string& name, int64_t rows, int64_t cols) 
   return found->second.slot;
 }
 
-void Model::set_matrix(const std::string& name, WeightType type, int64_t rows, int64_t cols, const std::byte* source,
-                       size_t bytes) {
-  Matrix* slot = matrix_slot(name, rows, cols);
+void Model::set_matrix(const std::string& name, int64_t expert, WeightType type, int64_t rows, int64_t cols,
+                       const std::byte* source, size_t bytes) {
+  Matrix* slot = matrix_slot(name, expert, rows, cols);
   if (has_blocks(type) && cols % kBlock != 0) fail("columns of " + name + " are not whole blocks");
   const int64_t row_bytes = source_row_bytes(type, cols);
   if (row_bytes <= 0 || bytes != static_cast<size_t>(row_bytes) * rows) fail("wrong number of bytes of " + name);
@@ -145,8 +150,9 @@ void Model::set_vector(const std::string& name, const float* values, int64_t siz
 std::vector<double> Model::predictor_costs() const {
   std::vector<double> costs;
   for (const Layer& l : layers_) {
-    const auto bytes = static_cast<double>(l.fc1.rows * l.fc1.row_bytes + l.fc2.rows * l.fc2.row_bytes);
-    costs.push_back(bytes / static_cast<double>(config_.ffn * l.gate.row_bytes));
+    const Ffn& ffn = l.ffns[0];
+    const auto bytes = static_cast<double>(ffn.fc1.rows * ffn.fc1.row_bytes + ffn.fc2.rows * ffn.fc2.row_bytes);
+    costs.push_back(bytes / static_cast<double>(config_.ffn * ffn.gate.row_bytes));
   }
   return costs;
 }
@@ -154,8 +160,9 @@ std::vector<double> Model::predictor_costs() const {
 void Model::count(bool on) {
   counts_.reset(on ? new Counts : nullptr);
   if (!on) return;
+  counts_->routed.resize(config_.layers * config_.ffns());
   for (auto* counts : {&counts_->gate, &counts_->up, &counts_->h, &counts_->selected, &counts_->hit}) {
-    counts->resize(config_.layers * config_.ffn);
+    counts->resize(config_.layers * config_.ffns() * config_.ffn);
   }
 }
 
@@ -163,15 +170,19 @@ void Model::finish() {
   if (!embedding_.rows || !output_norm_) fail("the embedding or the output norm is missing");
   for (size_t i = 0; i < layers_.size(); ++i) {
     Layer& l = layers_[i];
-    const bool matrices = l.q.rows && l.k.rows && l.v.rows && l.o.rows && l.gate.rows && l.up.rows && l.down.rows;
-    if (!matrices || !l.attention_norm || !l.ffn_norm) fail("a tensor of layer " + std::to_string(i) + " is missing");
-    if (!config_.predictor_ranks.empty()) {
-      if ((config_.predictor_ranks[i] > 0) != (l.fc1.rows && l.fc2.rows)) {
-        fail("the predictor of layer " + std::to_string(i) + " is missing");
-      }
-      l.threshold = config_.predictor_thresholds[i];
+    bool whole = l.q.rows && l.k.rows && l.v.rows && l.o.rows && l.attention_norm && l.ffn_norm;
+    whole = whole && (l.router.rows > 0) == (config_.experts > 0);
+    for (size_t e = 0; e < l.ffns.size(); ++e) {
+      Ffn& ffn = l.ffns[e];
+      whole = whole && ffn.gate.rows && ffn.up.rows && ffn.down.rows;
+      if (!config_.activation_thresholds.empty()) ffn.least_value = config_.activation_thresholds[i];
+      if (config_.predictor_ranks.empty()) continue;
+      whole = whole && (config_.predictor_ranks[i] > 0) == (ffn.fc1.rows && ffn.fc2.rows);
+      ffn.threshold = config_.predictor_thresholds[i * l.ffns.size() + e];
     }
-    if (!config_.activation_thresholds.empty()) l.least_value = config_.activation_thresholds[i];
+    if (!whole) fail("a tensor of layer " + std::to_string(i) + " is missing");
+    // Outputs of experts are added to the stream one by one.
+    if (l.router.rows && l.post_ffn_norm) fail("experts whose sum is normed are not supported");
     l.sliding = config_.slides(static_cast<int64_t>(i));
   }
   const Config& c = config_;

@@ -29,7 +29,9 @@ struct Config {
   int64_t sliding_window = 0;  // 0: none
   std::vector<bool> sliding_layers;
   Activation activation = Activation::swiglu;
-  // One entry a layer, or none: the width of its predictor (0: it has none) and the score that selects a neuron.
+  int64_t experts = 0, experts_used = 0;  // 0: a layer has one FFN, and no router
+  // One entry a layer, or none: the width of its predictor (0: it has none). And the score that selects a neuron, one
+  // entry an FFN.
   std::vector<int64_t> predictor_ranks;
   std::vector<float> predictor_thresholds;
   std::vector<float> activation_thresholds;  // one a layer, or none: a smaller |h| becomes zero
@@ -38,6 +40,8 @@ struct Config {
   bool sparse() const { return activation == Activation::drelu || activation == Activation::reglu; }
   int64_t q_size() const { return heads * head_dim; }
   int64_t kv_size() const { return kv_heads * head_dim; }
+  int64_t ffns() const { return std::max<int64_t>(experts, 1); }            // of a layer
+  int64_t ffns_used() const { return std::max<int64_t>(experts_used, 1); }  // by a token
   bool slides(int64_t layer) const {
     return sliding_window > 0 && layer < static_cast<int64_t>(sliding_layers.size()) && sliding_layers[layer];
   }
@@ -46,11 +50,17 @@ struct Config {
   }
 };
 
+struct Ffn {
+  Matrix gate, up, down;  // down is [ffn, hidden] (neuron by neuron) in a sparse model, else [hidden, ffn]
+  Matrix fc1, fc2;        // the predictor, [rank, hidden] and [ffn, rank]; no rows where there is none
+  float threshold = 0;    // of the predictor's scores
+  float least_value = 0;  // a smaller |h| becomes zero
+};
+
 struct Layer {
-  Matrix q, k, v, o, gate, up, down;  // down is [ffn, hidden] (neuron by neuron) in a sparse model, else [hidden, ffn]
-  Matrix fc1, fc2;                    // the predictor, [rank, hidden] and [ffn, rank]; no rows where there is none
-  float threshold = 0;                // of the predictor's scores
-  float least_value = 0;              // a smaller |h| becomes zero
+  Matrix q, k, v, o;
+  std::vector<Ffn> ffns;  // one, or the experts
+  Matrix router;          // [experts, hidden]; no rows where there is one FFN
   const float* attention_norm = nullptr;
   const float* ffn_norm = nullptr;
   // Null where the family has none.
@@ -63,7 +73,7 @@ struct Layer {
   const float* v_bias = nullptr;
   bool sliding = false;
 
-  bool predicts() const { return fc1.rows > 0; }
+  bool predicts() const { return ffns[0].fc1.rows > 0; }
 };
 
 class Model {
@@ -71,10 +81,10 @@ class Model {
   // `exact_fp32`: activations stay in fp32 and quantised weights are dequantised exactly.
   Model(Config config, const Kernels* kernels, bool exact_fp32, int threads);
 
-  // Take a tensor of the GGUF file under its name there. Throws std::invalid_argument on an unknown name, a wrong shape
-  // or a wrong number of bytes.
-  void set_matrix(const std::string& name, WeightType type, int64_t rows, int64_t cols, const std::byte* source,
-                  size_t bytes);
+  // Take a tensor of the GGUF file under its name there, or an expert's part of it. Throws std::invalid_argument on an
+  // unknown name, a wrong shape or a wrong number of bytes.
+  void set_matrix(const std::string& name, int64_t expert, WeightType type, int64_t rows, int64_t cols,
+                  const std::byte* source, size_t bytes);
   void set_vector(const std::string& name, const float* values, int64_t size);
 
   // Check that nothing is missing, and make the tables. Throws std::invalid_argument.
@@ -99,7 +109,7 @@ class Model {
   const std::vector<double>& frequencies(bool sliding) const { return sliding ? local_frequencies_ : frequencies_; }
 
   // Inputs of products are worth a second int8 term: the weights lose less than one term would.
-  bool fine_inputs() const { return layers_[0].gate.type == WeightType::q8_0; }
+  bool fine_inputs() const { return layers_[0].ffns[0].gate.type == WeightType::q8_0; }
 
   // What the predictor of each layer costs, in rows of gate for each neuron; 0 where there is none.
   std::vector<double> predictor_costs() const;
@@ -110,7 +120,7 @@ class Model {
   int64_t neuron_blocks() const { return (config_.ffn + neuron_block_ - 1) / neuron_block_; }
 
  private:
-  Matrix* matrix_slot(const std::string& name, int64_t rows, int64_t cols);
+  Matrix* matrix_slot(const std::string& name, int64_t expert, int64_t rows, int64_t cols);
 
   Config config_;
   const Kernels* kernels_;

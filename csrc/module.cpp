@@ -85,6 +85,8 @@ Config config_from(nb::handle source) {
   c.sliding_window = count("sliding_window");
   for (const nb::handle layer : source.attr("sliding_layers")) c.sliding_layers.push_back(nb::cast<bool>(layer));
   c.activation = activation_named(nb::cast<std::string>(source.attr("activation")));
+  c.experts = count("experts");
+  c.experts_used = count("experts_used");
   if (const nb::object predictor = source.attr("predictor"); !predictor.is_none()) {
     c.predictor_ranks = nb::cast<std::vector<int64_t>>(predictor.attr("ranks"));
     c.predictor_thresholds = nb::cast<std::vector<float>>(predictor.attr("thresholds"));
@@ -94,8 +96,9 @@ Config config_from(nb::handle source) {
     c.activation_thresholds = nb::cast<std::vector<float>>(thresholds);
   }
   if (c.layers < 1 || c.hidden < 1 || c.ffn < 1 || c.vocab < 1 || c.heads < 1 || c.kv_heads < 1 || c.head_dim < 2 ||
-      c.heads % c.kv_heads != 0 || c.head_dim % 2 != 0 || c.rope_scale <= 0 ||
-      c.predictor_ranks.size() != c.predictor_thresholds.size() ||
+      c.heads % c.kv_heads != 0 || c.head_dim % 2 != 0 || c.rope_scale <= 0 || c.experts < 0 || c.experts_used < 0 ||
+      c.experts_used > c.experts || (c.experts > 0) != (c.experts_used > 0) ||
+      c.predictor_thresholds.size() != c.predictor_ranks.size() * c.ffns() ||
       (!c.predictor_ranks.empty() && static_cast<int64_t>(c.predictor_ranks.size()) != c.layers) ||
       (!c.activation_thresholds.empty() && static_cast<int64_t>(c.activation_thresholds.size()) != c.layers)) {
     throw std::invalid_argument("impossible sizes");
@@ -150,7 +153,8 @@ std::vector<std::string> choices(const Session& session) {
   return names;
 }
 
-int64_t read_counts(Model& model, Counters gate, Counters up, Counters h, Counters selected, Counters hit, bool reset) {
+int64_t read_counts(Model& model, Counters routed, Counters gate, Counters up, Counters h, Counters selected,
+                    Counters hit, bool reset) {
   const nb::gil_scoped_release unlocked;
   const std::lock_guard<std::mutex> lock(model.busy());
   const Counts* counts = model.counts();
@@ -159,6 +163,7 @@ int64_t read_counts(Model& model, Counters gate, Counters up, Counters h, Counte
     if (to.size() != from.size()) throw std::invalid_argument("wrong output size");
     std::copy(from.begin(), from.end(), to.data());
   };
+  copy(counts->routed, routed);
   copy(counts->gate, gate);
   copy(counts->up, up);
   copy(counts->h, h);
@@ -223,12 +228,12 @@ NB_MODULE(_native, m) {
           "config"_a, "isa"_a, "exact_fp32"_a, "threads"_a)
       .def(
           "set_matrix",
-          [](Model& self, const std::string& name, int type, int64_t rows, int64_t cols, Bytes data) {
+          [](Model& self, const std::string& name, int64_t expert, int type, int64_t rows, int64_t cols, Bytes data) {
             const nb::gil_scoped_release unlocked;
-            self.set_matrix(name, weight_type(type), rows, cols, reinterpret_cast<const std::byte*>(data.data()),
-                            data.size());
+            self.set_matrix(name, expert, weight_type(type), rows, cols,
+                            reinterpret_cast<const std::byte*>(data.data()), data.size());
           },
-          "name"_a, "type"_a, "rows"_a, "cols"_a, "data"_a)
+          "name"_a, "expert"_a, "type"_a, "rows"_a, "cols"_a, "data"_a)
       .def(
           "set_vector",
           [](Model& self, const std::string& name, Floats values) {
@@ -244,7 +249,7 @@ NB_MODULE(_native, m) {
             self.count(on);
           },
           "on"_a)
-      .def("read_counts", &read_counts, "gate"_a, "up"_a, "h"_a, "selected"_a, "hit"_a, "reset"_a)
+      .def("read_counts", &read_counts, "routed"_a, "gate"_a, "up"_a, "h"_a, "selected"_a, "hit"_a, "reset"_a)
       .def("read_traffic", &read_traffic, "reset"_a)
       .def_prop_ro("isa", [](Model& self) { return std::string(self.kernels().isa); })
       .def_prop_ro("weight_bytes", &Model::weight_bytes);

@@ -45,8 +45,22 @@ Vectors Forward::Prepared::view(int64_t n, int64_t cols, bool quantized) const {
   return v;
 }
 
+Forward::Inputs Forward::Inputs::of(const Routing::Group& group) const {
+  if (values.count == 1) return *this;
+  const auto part = [&](Vectors v) {
+    const int64_t blocks = v.cols / kBlock;
+    v.count = group.n;
+    if (v.x) v.x += group.first * v.cols;
+    if (v.q) v.q += group.first * v.cols;
+    if (v.scale) v.scale += group.first * blocks;
+    if (v.sum) v.sum += group.first * blocks;
+    return v;
+  };
+  return Inputs{part(values), rest.count > 0 ? part(rest) : rest};
+}
+
 Forward::Inputs Forward::prepare(Member& member, int64_t n, const Matrix& w, const float* source, int64_t stride,
-                                 const float* norm, Room room) {
+                                 const float* norm, Room room, const int32_t* rows) {
   // A single vector is prepared by every member for itself: cheaper than a barrier.
   const bool alone = n == 1;
   const int64_t cols = w.cols, blocks = cols / kBlock;
@@ -55,11 +69,12 @@ Forward::Inputs Forward::prepare(Member& member, int64_t n, const Matrix& w, con
   const bool fine = quantized && model_->fine_inputs();
   const auto [first, last] = alone ? std::pair<int64_t, int64_t>{0, 1} : member.part(n);
   for (int64_t t = first; t < last; ++t) {
+    const float* from = source + (rows ? rows[t] : t) * stride;
     float* x = &into.values.x[t * cols];
     if (norm) {
-      kernels_.rms_norm(source + t * stride, norm, cols, config_.norm_eps, x);
+      kernels_.rms_norm(from, norm, cols, config_.norm_eps, x);
     } else {
-      std::memcpy(x, source + t * stride, cols * sizeof(float));
+      std::memcpy(x, from, cols * sizeof(float));
     }
     if (!quantized) continue;
     Prepared& v = into.values;

@@ -28,6 +28,8 @@ ACTIVATIONS = (DENSE, "drelu", "reglu")
 # Family to the model type of its text model.
 MODEL_TYPES = {key.removesuffix("_text"): key for key in SPARSE}
 FAMILY_NAMES = tuple(MODEL_TYPES)
+# Mixtures of experts, which are run but not converted.
+MIXTURES = {"mixtral": "mixtral", "qwen3moe": "qwen3_moe"}
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -63,6 +65,14 @@ _FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "gemma2": {**_GEMMA, "num_hidden_layers": 3},
     # Six layers that slide by five, and one more.
     "gemma3": {**_GEMMA, "num_hidden_layers": 7},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3moe": {
+        **_OWN_HEADS,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
 }
 
 
@@ -71,7 +81,7 @@ def make_folder(folder: Path, family: str, activation: str = DENSE, seed: int = 
 
     Args:
         folder: to write; made if it is missing.
-        family: one of `FAMILY_NAMES`.
+        family: one of `FAMILY_NAMES` or `MIXTURES`.
         activation: one of `ACTIVATIONS`.
         seed: of the weights.
         changes: to the values of its config.
@@ -79,15 +89,19 @@ def make_folder(folder: Path, family: str, activation: str = DENSE, seed: int = 
     Returns:
         `folder`.
     """
-    model_type = MODEL_TYPES[family]
+    model_type = (MODEL_TYPES | MIXTURES)[family]
     values = {**_SIZES, **_FAMILY_SIZES[family], **changes}
-    if activation == DENSE:
+    if activation == DENSE or family in MIXTURES:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
     else:
         config_class, model_class = SPARSE[model_type]
         model = model_class(config_class(activation=activation, **values))
     _randomise(model, seed)
     model.float().save_pretrained(folder)
+    if activation != DENSE and family in MIXTURES:  # no model class computes these: the dense folder by another name
+        config = folder / "config.json"
+        sparse = {"model_type": f"turbosparse_{model_type}", "activation": activation}
+        config.write_text(json.dumps(json.loads(config.read_text()) | sparse))
     write_tokenizer(folder)
     return folder
 
@@ -154,9 +168,12 @@ def copy_metadata(file: GGUFFile, writer: gguf.GGUFWriter) -> None:
 
 @dataclass(frozen=True)
 class TinyPredictor:
-    """Predictors: fc1 [rank, hidden], fc2 [ffn, rank] and a threshold a layer; None for a layer without one."""
+    """Predictors: fc1 [rank, hidden], fc2 [ffn, rank] and a threshold a layer; None for a layer without one.
 
-    layers: list[tuple[np.ndarray, np.ndarray, float] | None]
+    Of experts: fc1 [experts, rank, hidden], fc2 [experts, ffn, rank] and thresholds [experts].
+    """
+
+    layers: list[tuple[np.ndarray, np.ndarray, float | np.ndarray] | None]
     normed: bool
 
 
@@ -165,11 +182,11 @@ def add_predictor(source: Path, out: Path, predictor: TinyPredictor, kind: gguf.
     with GGUFFile.open(source) as file:
         writer = gguf.GGUFWriter(out, "turbosparse")
         copy_metadata(file, writer)
-        ranks = [0 if layer is None else len(layer[0]) for layer in predictor.layers]
+        ranks = [0 if layer is None else layer[0].shape[-2] for layer in predictor.layers]
         writer.add_array("turbosparse.predictor.rank", ranks)
-        writer.add_array(
-            "turbosparse.predictor.threshold", [0.0 if layer is None else layer[2] for layer in predictor.layers]
-        )
+        experts = file.metadata.get("turbosparse.expert_count", 1)
+        thresholds = [np.broadcast_to(0.0 if layer is None else layer[2], experts) for layer in predictor.layers]
+        writer.add_array("turbosparse.predictor.threshold", np.concatenate(thresholds).tolist())
         writer.add_string("turbosparse.predictor.input", "normed" if predictor.normed else "residual")
         for name, tensor in file.tensors.items():
             rows = tensor.data.reshape(*tensor.shape[:-1], -1)
@@ -177,7 +194,8 @@ def add_predictor(source: Path, out: Path, predictor: TinyPredictor, kind: gguf.
         for index, layer in enumerate(predictor.layers):
             for name, matrix in zip(("fc1", "fc2"), layer[:2] if layer else (), strict=False):
                 stored = gguf.quants.quantize(matrix.astype(np.float32), kind)
-                writer.add_tensor(f"blk.{index}.{name}.weight", stored, raw_dtype=kind)
+                ending = "_exps" if matrix.ndim == 3 else ""
+                writer.add_tensor(f"blk.{index}.{name}{ending}.weight", stored, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

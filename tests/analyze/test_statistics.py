@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from turbosparse.analyze import summarise
-from turbosparse.analyze.report import bar
+from turbosparse.analyze.report import bar, chart
 
 
 def test_shares_and_kinds_of_neurons():
@@ -36,6 +36,22 @@ def test_selection_and_recall():
     assert (silent.selected, silent.recall) == (0.025, None)
     assert report.to_json()["predictor"] == {"selected": 0.5, "recall": 0.5}
     assert summarise(10, h, h, h).to_json()["predictor"] is None
+
+
+def test_experts_are_measured_on_the_tokens_that_they_computed():
+    routed = np.array([[8, 2, 0]])
+    h = np.array([[[8, 0], [2, 1], [0, 0]]])
+    report = summarise(10, h, h, h, routed=routed)
+    assert [(layer.layer, layer.expert, layer.routed) for layer in report.layers] == [
+        (0, 0, 0.8),
+        (0, 1, 0.2),
+        (0, 2, 0),
+    ]
+    assert [layer.h for layer in report.layers] == [0.5, 0.25, 1.0]
+    assert [(layer.hot, layer.never) for layer in report.layers] == [(1, 1), (1, 0), (0, 2)]
+    assert report.mean("h") == pytest.approx(0.8 * 0.5 + 0.2 * 0.25)
+    table = chart(report)
+    assert [column.header for column in table.columns][:3] == ["layer", "expert", "tokens"] and table.row_count == 4
 
 
 def test_nothing_counted():

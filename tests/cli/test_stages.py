@@ -60,6 +60,21 @@ def test_info(sparse):
     assert "turbosparse" in turbo("info", sparse).stdout
 
 
+def test_a_mixture_of_experts_in_every_command(tiny_gguf, text):
+    path = tiny_gguf("mixtral", "drelu", "q4_0")
+    record = turbo_json("info", path)
+    assert (record["family"], record["experts"], record["experts_used"]) == ("mixtral", 5, 2)
+    arguments = ("run", path, "-p", "the quick", "-n", 8, "--ignore-eos", "--mode")
+    dense, exact = (turbo_json(*arguments, mode) for mode in ("dense", "exact"))
+    assert dense["text"] == exact["text"] and 0.6 < exact["sparsity"] < 0.9
+    report = turbo_json("analyze", path, "--data", text, "--limit", 60)
+    assert [(layer["layer"], layer["expert"]) for layer in report["layers"]] == [(n // 5, n % 5) for n in range(10)]
+    assert sum(layer["routed"] for layer in report["layers"]) == pytest.approx(2 * 2)
+    assert "expert" in turbo("analyze", path, "--data", text, "--limit", 60).stdout
+    bench = turbo_json("bench", path, "--dense-twin", tiny_gguf("mixtral"), "--repeats", 1, "-n", 4, "--batch", "2")
+    assert [run["mode"] for run in bench["runs"]] == ["dense", "exact", "dense-twin"] and len(bench["batches"]) == 2
+
+
 def test_run_is_the_same_in_every_mode_and_from_stdin(sparse):
     options = ["-n", 12, "--ignore-eos", "--temperature", 0.9, "--seed", 5]
     dense = turbo_json("run", sparse, "-p", "the quick", "--mode", "dense", *options)

@@ -4,12 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
-from factories import ACTIVATIONS, FAMILY_NAMES, make_folder
+from factories import ACTIVATIONS, FAMILY_NAMES, MIXTURES, make_folder
 
 from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig
 from turbosparse.model.export import export_gguf
-from turbosparse.model.families import BY_ARCHITECTURE, FAMILIES
+from turbosparse.model.families import BY_ARCHITECTURE, FAMILIES, MIXTURES_BY_ARCHITECTURE
 from turbosparse.model.gguf import GGUFFile
 
 
@@ -23,13 +23,15 @@ def _from_file(path):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", [*FAMILY_NAMES, *MIXTURES])
 def test_both_sides_describe_the_same_model(tiny_folder, tiny_gguf, family, activation):
     expected = _from_folder(tiny_folder(family, activation))
     assert expected.activation == (FAMILIES[family].activation if activation == "dense" else activation)
     assert expected.family == family
     if activation == "dense":  # llama.cpp's layout does not tell a Mistral from a Llama
-        expected = replace(expected, family=BY_ARCHITECTURE[FAMILIES[family].gguf_architecture].name)
+        families = MIXTURES_BY_ARCHITECTURE if family in MIXTURES else BY_ARCHITECTURE
+        expected = replace(expected, family=families[FAMILIES[family].gguf_architecture].name)
+    assert (expected.experts > 0) == (family in MIXTURES)
     assert _from_file(tiny_gguf(family, activation)) == expected
 
 
@@ -130,3 +132,27 @@ def test_an_impossible_config_is_one_sentence(tiny_folder, changes, named):
         ModelConfig.from_hf(values, "some/config.json")
     message = str(caught.value)
     assert message.startswith("some/config.json") and message.endswith(".") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "named"),
+    [
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts"),
+        ("mixtral", {"num_local_experts": None}, "num_local_experts"),
+        ("mixtral", {"num_local_experts": 1 << 20}, "num_local_experts"),
+        ("mixtral", {"num_local_experts": [5, 6]}, "num_local_experts"),
+        ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok"),
+        ("mixtral", {"num_experts_per_tok": 6}, "num_experts_per_tok"),
+        ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+        ("qwen3moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
+        ("qwen3moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+        ("qwen3moe", {"moe_intermediate_size": 0}, "moe_intermediate_size"),
+    ],
+    ids=str,
+)
+def test_an_impossible_mixture_is_one_sentence(tiny_folder, family, changes, named):
+    values = json.loads((tiny_folder(family) / "config.json").read_text())
+    assert ModelConfig.from_hf(values).experts_used == values["num_experts_per_tok"]
+    with pytest.raises(UserError, match=named) as caught:
+        ModelConfig.from_hf(values | changes, "some/config.json")
+    assert str(caught.value).startswith("some/config.json") and "\n" not in str(caught.value)

@@ -326,6 +326,42 @@ def test_a_model_that_contradicts_itself_is_refused(tiny_gguf, path, changes, na
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
+_GATES = "blk.1.ffn_gate_exps.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"keys": {"expert_count": 0}}, "expert_count"),
+        ({"keys": {"expert_count": None}}, "expert_count"),
+        ({"keys": {"expert_count": 4}}, "shape"),
+        ({"keys": {"expert_count": 1025}}, "expert_count"),
+        ({"keys": {"expert_count": 0xFFFFFFFF}}, "expert_count"),
+        ({"keys": {"expert_count": "5"}}, "expert_count"),
+        ({"keys": {"expert_used_count": 0}}, "expert_used_count"),
+        ({"keys": {"expert_used_count": None}}, "expert_used_count"),
+        ({"keys": {"expert_used_count": 6}}, "expert_used_count"),
+        ({"keys": {"expert_feed_forward_length": 64}}, "shape"),
+        ({"keys": {"base": "llama"}}, "a llama model that is a mixture of experts"),
+        ({"drop": [_GATES]}, _GATES),
+        ({"drop": ["blk.1.ffn_gate_inp.weight"]}, "blk.1.ffn_gate_inp"),
+        ({"tensors": {"blk.1.ffn_gate.weight": np.zeros((96, 64), np.float32)}}, "blk.1.ffn_gate.weight"),
+        ({"tensors": {_GATES: np.zeros((5 * 96, 64), np.float32)}}, "shape"),
+        ({"tensors": {_GATES: np.zeros((5, 64, 96), np.float32)}}, "shape"),
+        ({"tensors": {_GATES: np.zeros((5, 96, 1, 64), np.float32)}}, "shape"),
+        ({"tensors": {_GATES: np.zeros(5 * 96 * 64, np.float32)}}, "shape"),
+        ({"tensors": {"blk.1.ffn_gate_inp.weight": np.zeros((6, 64), np.float32)}}, "shape"),
+    ],
+    ids=str,
+)
+def test_a_mixture_that_contradicts_itself_is_refused(tiny_gguf, path, changes, named):
+    keys = {f"turbosparse.{key}": value for key, value in changes.get("keys", {}).items()}
+    _rewrite(tiny_gguf("mixtral", "drelu"), path, **(changes | {"keys": keys}))
+    with GGUFFile.open(path) as file, pytest.raises(UserError, match=named) as caught:
+        ModelConfig.from_gguf(file)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
 # --- fuzz ---
 
 
@@ -375,7 +411,7 @@ def test_flipped_bytes_of_the_header(tiny_gguf, path, activation, data):
 @_FUZZ
 @given(data=st.data())
 def test_counts_and_sizes_replaced_by_hostile_ones(tiny_gguf, path, data):
-    content, start = _small(tiny_gguf, "qwen2", "drelu")
+    content, start = _small(tiny_gguf, data.draw(st.sampled_from(["qwen2", "mixtral"])), "drelu")
     damaged = bytearray(content)
     position = data.draw(st.integers(0, start - 8))
     hostile = st.sampled_from([0, 1, 1 << 31, 1 << 32, 1 << 61, 1 << 63, HUGE]) | st.integers(0, HUGE)

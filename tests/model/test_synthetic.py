@@ -1,5 +1,6 @@
 """Models with random weights: as sparse as asked, in the engine and in numbers, and whole files."""
 
+import dataclasses
 import tracemalloc
 
 import numpy as np
@@ -82,6 +83,45 @@ def test_predictors_select_and_cost_what_was_asked_for(tmp_path, quant, selected
     assert np.median(often) == pytest.approx(10 * selected, abs=3) and (often < 45).mean() > 0.99
 
 
+def mixture(activation: str = "drelu", **changes) -> ModelConfig:
+    """The shape of a Mixtral, small."""
+    config = shape_config("mixtral-47b", activation, layers=2)
+    sizes = {"hidden_size": 256, "ffn_size": 640, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "vocab_size": 2048}
+    return dataclasses.replace(config, **(sizes | changes))
+
+
+@pytest.mark.parametrize("quant", ["q4_0", "q8_0", "f16"])
+@pytest.mark.parametrize("prediction", [None, Prediction()])
+def test_experts_are_as_sparse_as_asked_and_used_alike(tmp_path, quant, prediction):
+    out = tmp_path / "m.gguf"
+    write_synthetic(out, "m", mixture(), rates_for(0.85, 0.3), quant, prediction=prediction)
+    measured = measure_rates(out)
+    assert (measured.gate, measured.up, measured.h) == pytest.approx((0.3, 0.5, 0.15), abs=0.03)
+    engine = Engine.load(out)
+    assert engine.config.synthetic and (engine.config.experts, engine.config.experts_used) == (8, 2)
+    engine.count_activations(True)
+    engine.session(512).logits(list(range(300, 700)), "exact")
+    counts = engine.counters()
+    computed = counts.routed.sum() * engine.config.ffn_size
+    for name, rate in (("gate", 0.3), ("up", 0.5), ("h", 0.15)):
+        assert getattr(counts, name).sum() / computed == pytest.approx(rate, abs=0.02)
+    assert counts.routed.min() > 70 and counts.routed.max() < 135  # 100 of 400 tokens each on average
+    if prediction is not None:
+        assert measured.selected == pytest.approx(1.2, rel=0.07) and measured.recall > 0.9
+        assert counts.selected.sum() / counts.h.sum() == pytest.approx(1.2, rel=0.07)
+        assert counts.hit.sum() / counts.h.sum() > 0.9
+
+
+def test_the_dense_twin_of_a_mixture_is_a_llama_file_with_experts(tmp_path):
+    write_synthetic(tmp_path / "twin.gguf", "m", mixture("swiglu"), rates_for(0.9, 0.25), "q4_0")
+    with GGUFFile.open(tmp_path / "twin.gguf") as file:
+        keys = {key: file.metadata[f"llama.{key}"] for key in ("expert_count", "expert_used_count")}
+        shapes = {name: file.tensors[f"blk.1.ffn_{name}.weight"].shape for name in ("gate_inp", "down_exps")}
+    assert keys == {"expert_count": 8, "expert_used_count": 2}
+    assert shapes == {"gate_inp": (8, 256), "down_exps": (8, 256, 640)}
+    assert len(decode(Engine.load(tmp_path / "twin.gguf"), 8, "dense")) == 8
+
+
 def test_memory_is_that_of_some_rows(tmp_path):
     """The embedding alone is 57 MB in F16; a file larger than memory is written like this one."""
     config = shape_config("smollm2-135m", "drelu", layers=2)
@@ -92,6 +132,15 @@ def test_memory_is_that_of_some_rows(tmp_path):
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < 48 << 20, quant
+
+
+def test_memory_is_not_that_of_the_experts(tmp_path):
+    config = mixture(hidden_size=512, ffn_size=4096, experts=16)  # 200 million weights of experts, 113 MB
+    tracemalloc.start()
+    size = write_synthetic(tmp_path / "m", "m", config, rates_for(0.9, 0.25), "q4_0", prediction=Prediction())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size > 100 << 20 and peak < 48 << 20
 
 
 def test_predictor_ranks_come_to_the_share_that_was_asked_for():

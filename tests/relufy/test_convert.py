@@ -212,3 +212,11 @@ def test_what_is_there_stays_and_what_is_sparse_is_not_converted_again(dense, tm
         convert(tmp_path / "sparse", tmp_path / "again")
     with pytest.raises(UserError, match="no such file"):
         convert(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_mixtures_of_experts_are_not_converted(tiny_folder, tiny_gguf, tmp_path):
+    with pytest.raises(UserError, match="'mixtral' is not supported"):
+        convert(tiny_folder("mixtral"), tmp_path / "out")
+    with pytest.raises(UserError, match="is a mixture of experts"):
+        convert(tiny_gguf("mixtral"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -33,7 +33,7 @@ def capture_engine(
         counts = engine.counters()
     finally:
         engine.count_activations(False)
-    return summarise(counts.tokens, counts.gate, counts.up, counts.h, counts.selected, counts.hit)
+    return summarise(counts.tokens, counts.gate, counts.up, counts.h, counts.selected, counts.hit, counts.routed)
 
 
 def capture_hf(folder: Path, data: Path, limit: int | None = None, progress: Progress | None = None) -> SparsityReport:

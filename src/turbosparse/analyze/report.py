@@ -1,4 +1,4 @@
-"""A sparsity report as a chart in the terminal: one bar a layer."""
+"""A sparsity report as a chart in the terminal: one bar a layer, or an expert of a layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def chart(report: SparsityReport) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, title=f"Active neurons per layer, over {report.tokens:,} tokens", pad_edge=False)
-    for name, justify in (("layer", "right"), ("active neurons", "left"), ("silent", "right")):
+    experts = ("expert", "tokens") if any(layer.expert is not None for layer in report.layers) else ()
+    for name in ("layer", *experts):
+        table.add_column(name, justify="right")
+    for name, justify in (("active neurons", "left"), ("silent", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for name in ("gate ≤ 0", "up ≤ 0", "hot", "cold", "never"):
         table.add_column(name, justify="right")
@@ -38,6 +41,7 @@ def chart(report: SparsityReport) -> Table:
     table.add_section()
     table.add_row(
         "mean",
+        *("" for _ in experts),
         _coloured_bar(1 - report.mean("h")),
         f"[bold]{report.mean('h'):.1%}[/]",
         f"{report.mean('gate'):.1%}",
@@ -51,7 +55,8 @@ def _cells(layer: LayerSparsity) -> tuple[str, ...]:
     shares = (f"{layer.h:.1%}", f"{layer.gate:.1%}", f"{layer.up:.1%}")
     prediction = (f"{share:.1%}" for share in (layer.selected, layer.recall) if share is not None)
     rest = (str(layer.hot), str(layer.cold), str(layer.never), *prediction)
-    return (str(layer.layer), _coloured_bar(1 - layer.h), *shares, *rest)
+    expert = () if layer.expert is None or layer.routed is None else (str(layer.expert), f"{layer.routed:.1%}")
+    return (str(layer.layer), *expert, _coloured_bar(1 - layer.h), *shares, *rest)
 
 
 def _coloured_bar(share: float) -> str:

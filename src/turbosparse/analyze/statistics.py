@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,13 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """One layer: shares of tokens and neurons, 0..1, where h, gate or up are not active; and how many neurons are what.
+    """One layer, or one expert of it: shares of tokens and neurons, 0..1, where h, gate or up are not active.
 
+    It also says how many neurons are what.
     `gate` and `up` count values that are not positive, `h` exact zeros. `hot` + `cold` + `never` + the rest = neurons.
     `selected` is the share that the predictor selects and `recall` that of the firing neurons that it selects; None
-    without one (and `recall` where nothing fires).
+    without one (and `recall` where nothing fires). Of an expert, everything is over the tokens that it computed, which
+    are the share `routed` of all; None for a layer with one FFN.
     """
 
     layer: int
@@ -34,19 +37,21 @@ class LayerSparsity:
     never: int
     selected: float | None = None
     recall: float | None = None
+    expert: int | None = None
+    routed: float | None = None
 
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """A model on a text: `tokens` read, and one entry a layer; all layers have `neurons` neurons."""
+    """A model on a text: `tokens` read, and one entry a layer or expert; all of them have `neurons` neurons."""
 
     tokens: int
     neurons: int
     layers: tuple[LayerSparsity, ...]
 
     def mean(self, name: str) -> float:
-        """Mean over layers of "h", "gate" or "up"."""
-        return float(np.mean([getattr(layer, name) for layer in self.layers]))
+        """Mean over layers of "h", "gate" or "up", of experts by the tokens that they computed."""
+        return _mean(self.layers, name)
 
     @property
     def predictor(self) -> dict[str, float] | None:
@@ -54,7 +59,7 @@ class SparsityReport:
         layers = [layer for layer in self.layers if layer.selected is not None and layer.recall is not None]
         if not layers:
             return None
-        return {name: float(np.mean([getattr(layer, name) for layer in layers])) for name in ("selected", "recall")}
+        return {name: _mean(layers, name) for name in ("selected", "recall")}
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of `analyze`."""
@@ -67,41 +72,67 @@ class SparsityReport:
         }
 
 
+def _mean(layers: Sequence[LayerSparsity], name: str) -> float:
+    weights = [1.0 if layer.routed is None else layer.routed for layer in layers]
+    return float(np.average([getattr(layer, name) for layer in layers], weights=weights))
+
+
 def summarise(
-    tokens: int, gate: Counts, up: Counts, h: Counts, selected: Counts | None = None, hit: Counts | None = None
+    tokens: int,
+    gate: Counts,
+    up: Counts,
+    h: Counts,
+    selected: Counts | None = None,
+    hit: Counts | None = None,
+    routed: Counts | None = None,
 ) -> SparsityReport:
     """Reduce firings to a report.
 
     Args:
         tokens: tokens counted, at least one.
-        gate, up, h: int64 [layers, ffn], on how many tokens a neuron had gate > 0, up > 0 and h != 0.
+        gate, up, h: int64 [layers, ffn] or [layers, experts, ffn], on how many tokens a neuron had gate > 0, up > 0 and
+            h != 0.
         selected, hit: the same, selected by a predictor, and both selected and h != 0.
+        routed: int64 [layers, experts], tokens that each expert computed; one that computed none counts as silent.
     """
     if tokens < 1:
         raise ValueError("nothing was counted")
-    neurons = h.shape[1]
-    layers = [
-        LayerSparsity(
-            layer=index,
-            h=1.0 - float(h[index].sum()) / (tokens * neurons),
-            gate=1.0 - float(gate[index].sum()) / (tokens * neurons),
-            up=1.0 - float(up[index].sum()) / (tokens * neurons),
-            hot=int((h[index] > HOT_RATE * tokens).sum()),
-            cold=int(((h[index] > 0) & (h[index] < COLD_RATE * tokens)).sum()),
-            never=int((h[index] == 0).sum()),
-            **_prediction(tokens, h, selected, hit, index),
-        )
-        for index in range(h.shape[0])
-    ]
-    return SparsityReport(tokens, neurons, tuple(layers))
+    layers = []
+    for place in np.ndindex(h.shape[:-1]):
+        seen = tokens if routed is None else max(int(routed[place]), 1)
+        expert = {} if routed is None else {"expert": place[1], "routed": float(routed[place]) / tokens}
+        prediction = None if selected is None or hit is None else (selected[place], hit[place])
+        layers.append(_layer(place[0], seen, gate[place], up[place], h[place], prediction, **expert))
+    return SparsityReport(tokens, h.shape[-1], tuple(layers))
 
 
-def _prediction(
-    tokens: int, h: Counts, selected: Counts | None, hit: Counts | None, layer: int
-) -> dict[str, float | None]:
-    """`selected` and `recall` of a layer; a layer whose predictor never selects counts as one without."""
-    if selected is None or hit is None or not selected[layer].any():
+def _layer(
+    layer: int,
+    tokens: int,
+    gate: Counts,
+    up: Counts,
+    h: Counts,
+    prediction: tuple[Counts, Counts] | None,
+    **expert: Any,
+) -> LayerSparsity:
+    """One entry, from the counts of its neurons."""
+    whole = tokens * len(h)
+    return LayerSparsity(
+        layer=layer,
+        h=1.0 - float(h.sum()) / whole,
+        gate=1.0 - float(gate.sum()) / whole,
+        up=1.0 - float(up.sum()) / whole,
+        hot=int((h > HOT_RATE * tokens).sum()),
+        cold=int(((h > 0) & (h < COLD_RATE * tokens)).sum()),
+        never=int((h == 0).sum()),
+        **({} if prediction is None else _prediction(whole, h, *prediction)),
+        **expert,
+    )
+
+
+def _prediction(whole: int, h: Counts, selected: Counts, hit: Counts) -> dict[str, Any]:
+    """`selected` and `recall`; a predictor that never selects counts as none."""
+    if not selected.any():
         return {}
-    fired = int(h[layer].sum())
-    share = float(selected[layer].sum()) / (tokens * h.shape[1])
-    return {"selected": share, "recall": float(hit[layer].sum()) / fired if fired else None}
+    fired = int(h.sum())
+    return {"selected": float(selected.sum()) / whole, "recall": float(hit.sum()) / fired if fired else None}

@@ -42,7 +42,7 @@ def dense_twin_of(model: str, engine: Engine, given: str | None, needed: bool) -
         raise UserError(f"{model} is a sparse model, which peers cannot run; give its dense twin with --dense-twin.")
     else:
         with GGUFFile.open(resolve_gguf(model)) as file:
-            quant = _QUANTS[file.tensors["blk.0.ffn_gate.weight"].type]
+            quant = _QUANTS[file.tensors["blk.0.attn_output.weight"].type]
         config = dataclasses.replace(engine.config, activation="swiglu", predictor=None)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "dense-twin.gguf"

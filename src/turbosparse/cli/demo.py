@@ -85,7 +85,7 @@ def _read_sample(console: Console, engine: Engine, data: Path) -> tuple[dict[str
         perplexity[mode] = result.perplexity
         if mode == "dense":
             counts = engine.counters()
-            console.print(chart(summarise(counts.tokens, counts.gate, counts.up, counts.h)))
+            console.print(chart(summarise(counts.tokens, counts.gate, counts.up, counts.h, routed=counts.routed)))
     engine.count_activations(False)
     return perplexity, total
 

@@ -39,7 +39,7 @@ def _predictor(config: ModelConfig, tensors: Mapping[str, GGUFTensor]) -> dict[s
         return None
     parts: dict[str, int] = {"fc": 0, "ffn": 0}
     for name, tensor in tensors.items():
-        part = re.match(r"blk\.\d+\.(fc|ffn)(?!_norm)", name)
+        part = re.match(r"blk\.\d+\.(fc|ffn)(?!_norm|_gate_inp)", name)
         if part is not None:
             parts[part[1]] += tensor.data.size
     ranks = [rank for rank in config.predictor.ranks if rank > 0]
@@ -77,6 +77,7 @@ def describe(path: str) -> dict[str, Any]:
             "vocab_size": config.vocab_size,
             "context_length": config.context_length,
             "experts": config.experts,
+            "experts_used": config.experts_used,
             "parameters": sum(weights.values()),
             "quant": weights.most_common(1)[0][0],
             "file_bytes": file.file_bytes,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +32,14 @@ _AUTOMATIC = ("auto", "auto-predicted")
 
 @dataclass(frozen=True)
 class ActivationCounts:
-    """On how many of `tokens` tokens each neuron fired: int64 [layers, ffn].
+    """On how many of `tokens` tokens each neuron fired: int64 [layers, ffn], with experts [layers, experts, ffn].
 
     Attributes:
         tokens: that were read.
         gate, up, h: gate > 0, up > 0 and h != 0.
         selected, hit: selected by the predictor, and both selected and h != 0; None for a file without one. The recall
             of a layer is hit.sum() / h.sum().
+        routed: how many tokens each expert computed, int64 [layers, experts]; None without experts.
     """
 
     tokens: int
@@ -46,6 +48,7 @@ class ActivationCounts:
     h: Counts
     selected: Counts | None = None
     hit: Counts | None = None
+    routed: Counts | None = None
 
 
 @dataclass(frozen=True)
@@ -313,18 +316,20 @@ class Engine:
 
     def counters(self, reset: bool = False) -> ActivationCounts:
         """What was counted since `count_activations`, in prompts and in decoding, or since the last reset."""
-        shape = (self.config.n_layers, self.config.ffn_size)
-        gate, up, h, selected, hit = (np.empty(shape[0] * shape[1], np.int64) for _ in range(5))
-        tokens = self._model.read_counts(gate, up, h, selected, hit, reset)
-        fired = (gate.reshape(shape), up.reshape(shape), h.reshape(shape))
-        if self.config.predictor is None:
-            return ActivationCounts(tokens, *fired)
-        return ActivationCounts(tokens, *fired, selected.reshape(shape), hit.reshape(shape))
+        config = self.config
+        ffns = config.n_layers * config.ffns
+        routed = np.empty(ffns, np.int64)
+        gate, up, h, selected, hit = (np.empty(ffns * config.ffn_size, np.int64) for _ in range(5))
+        tokens = self._model.read_counts(routed, gate, up, h, selected, hit, reset)
+        shape = (config.n_layers, *((config.experts,) if config.experts else ()))
+        gate, up, h, selected, hit = (array.reshape(*shape, config.ffn_size) for array in (gate, up, h, selected, hit))
+        counts = ActivationCounts(tokens, gate, up, h, routed=routed.reshape(shape) if config.experts else None)
+        return counts if config.predictor is None else dataclasses.replace(counts, selected=selected, hit=hit)
 
     def traffic(self, reset: bool = False) -> Traffic:
         """What decoding cost since the engine was made or since the last reset; prompts are not in it."""
         tokens, read, *counted = self._model.read_traffic(reset)
-        neurons = tokens * self.config.n_layers * self.config.ffn_size
+        neurons = tokens * self.config.n_layers * self.config.ffns_used * self.config.ffn_size
         if not (self.config.sparse and neurons > 0):
             return Traffic(tokens, read, None, None)
         active, opened, selected = (count / neurons for count in counted)
@@ -341,15 +346,24 @@ def _load_tensors(file: GGUFFile, model: _native.Model, exact: bool, progress: P
     for name, tensor in file.tensors.items():
         if len(tensor.shape) == 1:
             model.set_vector(name, dequantize(tensor.data, tensor.type, tensor.shape))
-        else:
-            rows, columns = tensor.shape
-            kind, data = _packable(tensor, exact)
-            model.set_matrix(name, int(kind), rows, columns, data)
+        for expert, matrix in enumerate(_matrices(tensor)):
+            rows, columns = matrix.shape
+            kind, data = _packable(matrix, exact)
+            model.set_matrix(name, expert, int(kind), rows, columns, data)
             file.release_pages()  # its packed copy is enough: two of a large model may not fit
         done += tensor.data.size
         if progress is not None:
             progress(done, total)
     model.finish()
+
+
+def _matrices(tensor: GGUFTensor) -> Iterator[GGUFTensor]:
+    """The matrix that a tensor is, or those of the experts that it holds; nothing of a vector."""
+    if len(tensor.shape) == 2:
+        yield tensor
+    if len(tensor.shape) == 3:
+        for data in tensor.data.reshape(tensor.shape[0], -1):
+            yield dataclasses.replace(tensor, shape=tensor.shape[1:], data=data)
 
 
 def _packable(tensor: GGUFTensor, exact: bool) -> tuple[Type, npt.NDArray[np.uint8]]:

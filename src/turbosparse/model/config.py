@@ -10,7 +10,15 @@ from typing import TypeVar
 import numpy as np
 
 from turbosparse.errors import UserError
-from turbosparse.model.families import ARCHITECTURE, BY_ARCHITECTURE, BY_HF_TYPE, FAMILIES, HF_PREFIX, Family
+from turbosparse.model.families import (
+    ARCHITECTURE,
+    BY_ARCHITECTURE,
+    BY_HF_TYPE,
+    FAMILIES,
+    HF_PREFIX,
+    MIXTURES_BY_ARCHITECTURE,
+    Family,
+)
 from turbosparse.model.fields import Bounds, Fields
 from turbosparse.model.gguf import GGUFFile
 from turbosparse.model.rope import FACTOR_BOUNDS, THETA_BOUNDS, rope_from_hf
@@ -20,6 +28,7 @@ SPARSE_ACTIVATIONS = frozenset({"drelu", "reglu"})
 PREDICTOR_INPUTS = ("normed", "residual")
 # Hugging Face names of the gate's function, and the gated unit that it makes.
 SYNTHETIC_KEY = "turbosparse.synthetic"  # also in the files of dense models
+_HF_EXPERT_COUNTS = ("num_local_experts", "num_experts")
 _HF_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "relu": "reglu"}
 
 _Number = TypeVar("_Number", int, float)
@@ -32,6 +41,7 @@ _HEADS: Bounds = (1, 4096)
 _HEAD_DIM: Bounds = (2, 1024)
 _VOCAB: Bounds = (1, 1 << 22)
 _CONTEXT: Bounds = (1, 1 << 26)
+_EXPERTS: Bounds = (0, 1024)
 _EPSILON: Bounds = (0.0, 1.0)
 _POSITIVE: Bounds = (1e-6, 1e6)
 _MOST_THRESHOLD = 1e6
@@ -43,7 +53,7 @@ class Predictor:
 
     Attributes:
         ranks: rows of fc1 in each layer; 0 where a layer has no predictor.
-        thresholds: of the scores in each layer.
+        thresholds: of the scores in each layer, and with experts in each expert of it.
         normed: x is the input of the FFN; else the residual stream before the FFN's norm, as in PowerInfer.
     """
 
@@ -76,7 +86,8 @@ class ModelConfig:
         attention_bias: Q, K and V have a bias.
         qk_norm: Q and K are normed per head.
         post_norms: the outputs of attention and FFN are normed.
-        experts: 0 for a dense model.
+        experts: FFNs of a layer that a router chooses from, each with ffn_size neurons; 0: one FFN without a router.
+        experts_used: how many a token takes.
         synthetic: the weights are random (synthetic.py).
         predictor: what guesses which neurons fire, if the file holds it.
         activation_thresholds: for each layer, an |h| below it becomes zero; None: the activation alone makes zeros.
@@ -108,6 +119,7 @@ class ModelConfig:
     qk_norm: bool
     post_norms: bool
     experts: int = 0
+    experts_used: int = 0
     synthetic: bool = False
     predictor: Predictor | None = None
     activation_thresholds: tuple[float, ...] | None = None
@@ -116,6 +128,16 @@ class ModelConfig:
     def sparse(self) -> bool:
         """The activation makes exact zeros, so the model has our architecture and a transposed down projection."""
         return self.activation in SPARSE_ACTIVATIONS
+
+    @property
+    def ffns(self) -> int:
+        """FFNs of a layer: one, or the experts."""
+        return max(self.experts, 1)
+
+    @property
+    def ffns_used(self) -> int:
+        """FFNs of a layer that a token takes."""
+        return max(self.experts_used, 1)
 
     @classmethod
     def from_hf(cls, values: Mapping[str, object], source: str = "config.json") -> ModelConfig:
@@ -167,12 +189,14 @@ def _from_hf(values: Mapping[str, object], source: str) -> ModelConfig:
     head_dim = fields.integer("head_dim", _HEAD_DIM, _default_head_dim(fields, hidden, n_heads))
     rope = rope_from_hf({**family.hf_defaults, **text}, source, family.rope_theta_local)
     sliding_window, sliding_layers = _hf_windows(fields, family, n_layers)
+    names = family.experts
+    experts, used = (0, 0) if names is None else _experts(fields, _hf_expert_count(fields), "num_experts_per_tok")
     config = ModelConfig(
         family=family.name,
         activation=_hf_activation(fields, str(outer_type)),
         n_layers=n_layers,
         hidden_size=hidden,
-        ffn_size=fields.integer("intermediate_size", _FFN),
+        ffn_size=fields.integer("intermediate_size" if names is None else names.size, _FFN),
         n_heads=n_heads,
         n_kv_heads=fields.integer("num_key_value_heads", _HEADS, n_heads),
         head_dim=head_dim,
@@ -194,16 +218,35 @@ def _from_hf(values: Mapping[str, object], source: str) -> ModelConfig:
         attention_bias=family.attention_bias,
         qk_norm=family.qk_norm,
         post_norms=family.post_norms,
+        experts=experts,
+        experts_used=used,
         activation_thresholds=_hf_thresholds(fields, str(outer_type), n_layers),
     )
     return _checked(config, fields)
 
 
+def _hf_expert_count(fields: Fields) -> str:
+    """The key that says how many experts a layer has: some families have been given another one."""
+    return next((key for key in _HF_EXPERT_COUNTS if fields.has(key)), _HF_EXPERT_COUNTS[0])
+
+
+def _experts(fields: Fields, count: str, used: str) -> tuple[int, int]:
+    """Experts of a layer, and those that a token takes."""
+    experts = fields.integer(count, (1, _EXPERTS[1]))
+    return experts, fields.integer(used, (1, experts))
+
+
 def _refuse_hf_variants(fields: Fields, family: Family) -> None:
     """Options of the config classes that change the arithmetic in ways that the engine does not follow."""
-    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if fields.has(key) and fields.integer(key, (0, 1 << 16)) > 0:
-            fields.fail(f"it is a mixture of experts ({key}), which is not supported yet")
+    if family.experts is None:
+        for key in (*_HF_EXPERT_COUNTS, "n_routed_experts"):
+            if fields.has(key) and fields.integer(key, (0, 1 << 16)) > 0:
+                fields.fail(f"a {family.name} model that is a mixture of experts ({key}) is not supported")
+    else:
+        # Weights that do not add up to one; layers with one FFN among those with experts.
+        for key, plain in (("norm_topk_prob", True), ("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+            if fields.has(key) and fields.get(key) != plain:
+                fields.fail(f"{key} is {str(fields.get(key))[:60]}, which is not supported; {plain} is")
     if not family.attention_bias and fields.flag("attention_bias", False):
         fields.fail(f"attention_bias in a {family.name} model is not supported")
     if fields.has("quantization_config"):
@@ -264,8 +307,7 @@ def _from_gguf(file: GGUFFile) -> ModelConfig:
     architecture = general.text("general.architecture")
     fields = Fields(source, file.metadata, architecture + ".")
     family, activation = _gguf_identity(fields, architecture)
-    if fields.integer("expert_count", (0, 1 << 16), 0) > 0:
-        fields.fail("it is a mixture of experts, which is not supported yet")
+    experts, used = (0, 0) if family.experts is None else _experts(fields, "expert_count", "expert_used_count")
     hidden = fields.integer("embedding_length", _WIDTH)
     n_heads = fields.integer("attention.head_count", _HEADS)
     n_layers = fields.integer("block_count", _LAYERS)
@@ -280,7 +322,7 @@ def _from_gguf(file: GGUFFile) -> ModelConfig:
         activation=activation,
         n_layers=n_layers,
         hidden_size=hidden,
-        ffn_size=fields.integer("feed_forward_length", _FFN),
+        ffn_size=_gguf_ffn_size(fields, family),
         n_heads=n_heads,
         n_kv_heads=fields.integer("attention.head_count_kv", _HEADS, n_heads),
         head_dim=head_dim,
@@ -301,8 +343,10 @@ def _from_gguf(file: GGUFFile) -> ModelConfig:
         attention_bias=family.attention_bias,
         qk_norm=family.qk_norm,
         post_norms=family.post_norms,
+        experts=experts,
+        experts_used=used,
         synthetic=general.flag(SYNTHETIC_KEY, False),
-        predictor=_gguf_predictor(fields, n_layers) if architecture == ARCHITECTURE else None,
+        predictor=_gguf_predictor(fields, n_layers, max(experts, 1)) if architecture == ARCHITECTURE else None,
         activation_thresholds=_activation_thresholds(fields, n_layers) if architecture == ARCHITECTURE else None,
     )
     return _checked(config, fields)
@@ -310,11 +354,14 @@ def _from_gguf(file: GGUFFile) -> ModelConfig:
 
 def _gguf_identity(fields: Fields, architecture: str) -> tuple[Family, str]:
     """Family and activation of a file."""
+    mixture = fields.integer("expert_count", _EXPERTS, 0) > 0
     if architecture != ARCHITECTURE:
-        family = BY_ARCHITECTURE.get(architecture)
+        families = MIXTURES_BY_ARCHITECTURE if mixture else BY_ARCHITECTURE
+        family = families.get(architecture)
         if family is None:
-            known = ", ".join([*BY_ARCHITECTURE, ARCHITECTURE])
-            fields.fail(f"the architecture {architecture[:60]!r} is not supported; {known} are")
+            known = ", ".join([*families, ARCHITECTURE])
+            kind = "of a mixture of experts is" if mixture else "is"
+            fields.fail(f"the architecture {architecture[:60]!r} {kind} not supported; {known} are")
         return family, family.activation
     version = fields.integer("format_version", (0, 1 << 31))
     if not 1 <= version <= FORMAT_VERSION:
@@ -324,9 +371,17 @@ def _gguf_identity(fields: Fields, architecture: str) -> tuple[Family, str]:
     base, activation = fields.text("base"), fields.text("activation")
     if base not in FAMILIES:
         fields.fail(f"the base family {base[:60]!r} is not supported; {', '.join(FAMILIES)} are")
+    if mixture and FAMILIES[base].experts is None:
+        fields.fail(f"a {base} model that is a mixture of experts (expert_count) is not supported")
     if activation not in SPARSE_ACTIVATIONS:
         fields.fail(f"the activation {activation[:60]!r} is not drelu or reglu")
     return FAMILIES[base], activation
+
+
+def _gguf_ffn_size(fields: Fields, family: Family) -> int:
+    if family.experts is None or not fields.has("expert_feed_forward_length"):
+        return fields.integer("feed_forward_length", _FFN)
+    return fields.integer("expert_feed_forward_length", _FFN)
 
 
 def _gguf_vocab(file: GGUFFile, fields: Fields) -> int:
@@ -337,11 +392,11 @@ def _gguf_vocab(file: GGUFFile, fields: Fields) -> int:
     return fields.integer("vocab_size", _VOCAB, embedding.shape[0])
 
 
-def _gguf_predictor(fields: Fields, n_layers: int) -> Predictor | None:
+def _gguf_predictor(fields: Fields, n_layers: int, ffns: int) -> Predictor | None:
     if not fields.has("predictor.rank"):
         return None
-    ranks = tuple(_per_layer(fields, "predictor.rank", int, n_layers))
-    thresholds = tuple(_per_layer(fields, "predictor.threshold", float, n_layers))
+    ranks = tuple(_numbers(fields, "predictor.rank", int, n_layers))
+    thresholds = tuple(_numbers(fields, "predictor.threshold", float, n_layers * ffns))
     if not 0 <= min(ranks) <= max(ranks) <= _WIDTH[1] or max(ranks) == 0:
         fields.fail("predictor.rank holds impossible sizes")
     source = fields.text("predictor.input")
@@ -350,12 +405,12 @@ def _gguf_predictor(fields: Fields, n_layers: int) -> Predictor | None:
     return Predictor(ranks, thresholds, normed=source == "normed")
 
 
-def _per_layer(fields: Fields, key: str, kind: type[_Number], n_layers: int) -> list[_Number]:
+def _numbers(fields: Fields, key: str, kind: type[_Number], count: int) -> list[_Number]:
     values = fields.get(key)
     numbers = [value for value in values if type(value) is kind] if isinstance(values, list) else []
-    whole = isinstance(values, list) and len(numbers) == len(values) == n_layers
+    whole = isinstance(values, list) and len(numbers) == len(values) == count
     if not whole or not all(map(math.isfinite, numbers)):
-        fields.fail(f"{key} is not a list of {n_layers} numbers")
+        fields.fail(f"{key} is not a list of {count} numbers")
     return numbers
 
 
@@ -363,7 +418,7 @@ def _activation_thresholds(fields: Fields, n_layers: int) -> tuple[float, ...] |
     key = "activation_threshold"
     if not fields.has(key):
         return None
-    values = [float(np.float32(value)) for value in _per_layer(fields, key, float, n_layers)]
+    values = [float(np.float32(value)) for value in _numbers(fields, key, float, n_layers)]
     if not all(0 <= value <= _MOST_THRESHOLD for value in values):
         fields.fail(f"{key} holds a number that is not from 0 to {_MOST_THRESHOLD:g}")
     return tuple(values)

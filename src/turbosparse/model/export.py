@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from turbosparse.errors import UserError
 from turbosparse.model.checkpoint import CONFIG, Checkpoint, StoredTensor
 from turbosparse.model.config import ModelConfig, text_config
+from turbosparse.model.experts import stored_experts
 from turbosparse.model.export_metadata import architecture_of, check_exportable, write_metadata, write_tokenizer
 from turbosparse.model.families import FAMILIES
 from turbosparse.model.gguf import nbytes_of
@@ -100,10 +103,10 @@ def export_gguf(
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What there is to write: each tensor with where it comes from, and RoPE's frequency divisors if any."""
+    """What there is to write: each tensor with where it comes from (the experts, one by one), and RoPE's divisors."""
 
     config: ModelConfig
-    tensors: list[tuple[TensorSpec, StoredTensor]]
+    tensors: list[tuple[TensorSpec, list[StoredTensor]]]
     factors: npt.NDArray[np.float32] | None
 
     @property
@@ -120,16 +123,18 @@ def _plan(checkpoint: Checkpoint) -> _Plan:
     factors = frequency_factors(rope_from_hf(text, source, family.rope_theta_local), config.head_dim)
     check_exportable(config, source, factors is not None)
     prefix = _prefix(checkpoint)
-    tensors: list[tuple[TensorSpec, StoredTensor]] = []
+    tensors: list[tuple[TensorSpec, list[StoredTensor]]] = []
     for spec in tensor_specs(config):
-        stored = _stored(checkpoint, spec, prefix)
-        shape = spec.shape[::-1] if spec.role == "down" and config.sparse else spec.shape
-        if stored.shape != shape:
-            raise UserError(
-                f"{stored.file}: tensor {stored.name!r} has the shape {stored.shape}, but {CONFIG} says {shape}."
-            )
-        tensors.append((spec, stored))
-    used = {stored.name for _, stored in tensors}
+        parts = _stored(checkpoint, spec, prefix)
+        matrix = spec.shape[-2:]
+        shape = matrix[::-1] if spec.role == "down" and config.sparse else matrix
+        for stored in parts:
+            if stored.shape != shape:
+                raise UserError(
+                    f"{stored.file}: tensor {stored.name!r} has the shape {stored.shape}, but {CONFIG} says {shape}."
+                )
+        tensors.append((spec, parts))
+    used = {stored.name for _, parts in tensors for stored in parts}
     for name, stored in checkpoint.tensors.items():
         # A part of the model that would silently be left out: a bias, a scale.
         if name.startswith(prefix) and name not in used and not name.endswith(_SPARE):
@@ -145,14 +150,20 @@ def _prefix(checkpoint: Checkpoint) -> str:
     return found[0].removesuffix(_EMBEDDING)
 
 
-def _stored(checkpoint: Checkpoint, spec: TensorSpec, prefix: str) -> StoredTensor:
+def _stored(checkpoint: Checkpoint, spec: TensorSpec, prefix: str) -> list[StoredTensor]:
+    """The tensor, or those of the experts."""
+    if len(spec.shape) == 3:
+        return stored_experts(checkpoint, spec, prefix)
     names = [prefix + spec.hf_name]
     if spec.hf_name == "lm_head.weight":
         # It stands beside the text model, not in it.
         names = [prefix.removesuffix("model.") + spec.hf_name, spec.hf_name]
+    if spec.role == "router":
+        # Where transformers writes what it has in memory, as it does for the experts (experts.py).
+        names.append(f"{prefix}layers.{spec.name.split('.')[1]}.mlp.gate.weight")
     for name in names:
         if name in checkpoint.tensors:
-            return checkpoint.tensors[name]
+            return [checkpoint.tensors[name]]
     raise UserError(f"{checkpoint.folder} has no tensor {names[0]!r}, which its {CONFIG} asks for.")
 
 
@@ -169,21 +180,39 @@ def _write_tensors(writer: GGUFWriter, plan: _Plan, quant: str, progress: Progre
     if plan.factors is not None:
         writer.write_tensor_data(plan.factors)
     done, total = 0, plan.parameters
-    for (spec, stored), kind in zip(plan.tensors, kinds, strict=True):
-        values = to_gguf(stored.read(), spec.role, plan.config)
-        try:
-            encoded = quantize(values, kind)
-        except ValueError as error:
-            raise UserError(f"{stored.file}: tensor {stored.name!r} cannot be written ({error}).") from None
-        writer.write_tensor_data(encoded)
-        done += values.size
+    for (spec, parts), kind in zip(plan.tensors, kinds, strict=True):
+        encoded = (_encoded(stored, spec.role, plan.config, kind) for stored in parts)
+        stream: Any = TensorStream(encoded, nbytes_of(kind, spec.shape))  # all that the writer asks of an array
+        writer.write_tensor_data(stream)
+        done += math.prod(spec.shape)
         if progress is not None:
             progress(done, total)
 
 
+def _encoded(stored: StoredTensor, role: str, config: ModelConfig, kind: Type) -> npt.NDArray[np.uint8]:
+    try:
+        return quantize(to_gguf(stored.read(), role, config), kind)
+    except ValueError as error:
+        raise UserError(f"{stored.file}: tensor {stored.name!r} cannot be written ({error}).") from None
+
+
+class TensorStream:
+    """A tensor for `GGUFWriter.write_tensor_data` that is made in parts while it is written: `nbytes` bytes in all."""
+
+    def __init__(self, parts: Iterable[npt.NDArray[Any]], nbytes: int) -> None:
+        self._parts, self.nbytes = parts, nbytes
+
+    def tofile(self, file: BufferedWriter) -> None:
+        written = 0
+        for part in self._parts:
+            part.tofile(file)
+            written += part.nbytes
+        assert written == self.nbytes
+
+
 def storage_type(spec: TensorSpec, quant: str) -> Type:
     """How a tensor is stored in a file of `quant`, a key of `QUANTS`."""
-    if spec.role in ("norm", "bias") or len(spec.shape) == 1:
+    if spec.role in ("norm", "bias", "router") or len(spec.shape) == 1:
         return Type.F32
     matrix, embedding = QUANTS[quant]
     return writable_type(embedding if spec.role == "embedding" else matrix, spec.shape[-1])

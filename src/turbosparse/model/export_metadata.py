@@ -98,6 +98,10 @@ def write_hyperparameters(writer: GGUFWriter, config: ModelConfig, quant: str) -
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.ffn_size)
+    if config.experts > 0:
+        writer.add_expert_count(config.experts)
+        writer.add_expert_used_count(config.experts_used)
+        writer.add_expert_feed_forward_length(config.ffn_size)
     writer.add_vocab_size(config.vocab_size)
     writer.add_head_count(config.n_heads)
     writer.add_head_count_kv(config.n_kv_heads)

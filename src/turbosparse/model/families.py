@@ -17,6 +17,23 @@ HF_PREFIX = "turbosparse_"
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """How a family of mixtures of experts calls in Hugging Face what GGUF files have one name for.
+
+    Attributes:
+        size: config.json's key of the neurons of an expert.
+        block: what stands before the tensors of router and experts within a layer.
+        gate, up, down: the matrices of an expert.
+    """
+
+    size: str
+    block: str
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
 class Family:
     """One family.
 
@@ -37,6 +54,7 @@ class Family:
         runtime_windows: llama.cpp applies the family's sliding windows.
         rope_theta_local: RoPE base of sliding layers.
         gguf_attention_softcap, gguf_logit_softcap: soft caps of files that do not state them.
+        experts: of a mixture of experts, whose router weighs those that it chooses by the softmax over them.
         width_scaled_layers: with this many layers, llama.cpp scales attention scores by (hidden_size / n_heads)**-0.5
             instead of head_dim**-0.5; files do not state it (Gemma's 27B models).
         hf_defaults: config.json keys that real checkpoints leave out, with the value of their config class.
@@ -59,6 +77,7 @@ class Family:
     gguf_attention_softcap: float | None = None
     gguf_logit_softcap: float | None = None
     width_scaled_layers: int | None = None
+    experts: ExpertNames | None = None
     hf_defaults: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -83,6 +102,24 @@ _ALL = (
     Family("mistral", ("mistral",), "llama", "swiglu", rope_interleaved=True, hf_defaults=_COMMON_DEFAULTS),
     Family("qwen2", ("qwen2",), "qwen2", "swiglu", attention_bias=True, hf_defaults=_FULL_ATTENTION_DEFAULTS),
     Family("qwen3", ("qwen3",), "qwen3", "swiglu", qk_norm=True, hf_defaults=_FULL_ATTENTION_DEFAULTS),
+    Family(
+        "mixtral",
+        ("mixtral",),
+        "llama",
+        "swiglu",
+        rope_interleaved=True,
+        experts=ExpertNames("intermediate_size", "block_sparse_moe", "w1", "w3", "w2"),
+        hf_defaults={**_COMMON_DEFAULTS, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2},
+    ),
+    Family(
+        "qwen3moe",
+        ("qwen3_moe",),
+        "qwen3moe",
+        "swiglu",
+        qk_norm=True,
+        experts=ExpertNames("moe_intermediate_size", "mlp", "gate_proj", "up_proj", "down_proj"),
+        hf_defaults={**_FULL_ATTENTION_DEFAULTS, "num_experts_per_tok": 8, "norm_topk_prob": False},
+    ),
     Family(
         "gemma2",
         ("gemma2",),
@@ -129,4 +166,8 @@ BY_HF_TYPE: Mapping[str, Family] = MappingProxyType(
 # The first family of an architecture: a Mistral file in llama.cpp's layout is a Llama file.
 BY_ARCHITECTURE: Mapping[str, Family] = MappingProxyType(
     {family.gguf_architecture: family for family in reversed(_ALL)}
+)
+# Of files with experts: that one of a Mixtral is a Llama file too.
+MIXTURES_BY_ARCHITECTURE: Mapping[str, Family] = MappingProxyType(
+    {family.gguf_architecture: family for family in _ALL if family.experts is not None}
 )

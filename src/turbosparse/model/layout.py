@@ -1,7 +1,7 @@
 """The tensors of a model: their names in GGUF and Hugging Face, and their shapes.
 
 GGUF names are llama.cpp's; `ffn_down_t` (the down projection by neuron), `fc1` and `fc2` (the predictor) are
-PowerInfer's.
+PowerInfer's. Matrices of experts have llama.cpp's ending `_exps`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig
+from turbosparse.model.families import FAMILIES
 from turbosparse.model.gguf import GGUFFile
 
 EMBEDDING = "token_embd.weight"
@@ -25,9 +26,10 @@ class TensorSpec:
 
     Attributes:
         name: in the GGUF file.
-        hf_name: in a Hugging Face folder, behind the prefix of the text model.
-        shape: in the GGUF file, numpy order.
-        role: what it is for whoever converts it: "norm", "bias", "q", "k", "down", "embedding", "matrix" or
+        hf_name: in a Hugging Face folder, behind the prefix of the text model. There every expert has a tensor of its
+            own, whose name has its number where this one has "*".
+        shape: in the GGUF file, numpy order; matrices of experts are [experts, rows, columns].
+        role: what it is for whoever converts it: "norm", "bias", "q", "k", "down", "embedding", "matrix", "router" or
             "predictor".
     """
 
@@ -50,9 +52,8 @@ def tensor_specs(config: ModelConfig) -> list[TensorSpec]:
 
 
 def _block_specs(config: ModelConfig, layer: int) -> list[TensorSpec]:
-    hidden, ffn = config.hidden_size, config.ffn_size
+    hidden = config.hidden_size
     q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    down = ("ffn_down_t", (ffn, hidden)) if config.sparse else ("ffn_down", (hidden, ffn))
     ffn_norm = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
     rows: list[tuple[str, str, tuple[int, ...], str]] = [
         ("attn_norm.weight", "input_layernorm.weight", (hidden,), "norm"),
@@ -61,9 +62,7 @@ def _block_specs(config: ModelConfig, layer: int) -> list[TensorSpec]:
         ("attn_v.weight", "self_attn.v_proj.weight", (kv_rows, hidden), "matrix"),
         ("attn_output.weight", "self_attn.o_proj.weight", (hidden, q_rows), "matrix"),
         ("ffn_norm.weight", f"{ffn_norm}.weight", (hidden,), "norm"),
-        ("ffn_gate.weight", "mlp.gate_proj.weight", (ffn, hidden), "matrix"),
-        ("ffn_up.weight", "mlp.up_proj.weight", (ffn, hidden), "matrix"),
-        (f"{down[0]}.weight", "mlp.down_proj.weight", down[1], "down"),
+        *_ffn_rows(config, layer),
     ]
     if config.attention_bias:
         rows += [
@@ -81,12 +80,34 @@ def _block_specs(config: ModelConfig, layer: int) -> list[TensorSpec]:
             ("post_attention_norm.weight", "post_attention_layernorm.weight", (hidden,), "norm"),
             ("post_ffw_norm.weight", "post_feedforward_layernorm.weight", (hidden,), "norm"),
         ]
-    if config.predictor is not None and (rank := config.predictor.ranks[layer]) > 0:
-        rows += [
-            ("fc1.weight", "mlp.predictor.fc1.weight", (rank, hidden), "predictor"),
-            ("fc2.weight", "mlp.predictor.fc2.weight", (ffn, rank), "predictor"),
-        ]
     return [TensorSpec(f"blk.{layer}.{name}", f"layers.{layer}.{hf}", shape, role) for name, hf, shape, role in rows]
+
+
+def _ffn_rows(config: ModelConfig, layer: int) -> list[tuple[str, str, tuple[int, ...], str]]:
+    """The matrices of a layer's FFN: of one, or of all experts together and the router between them."""
+    hidden, ffn = config.hidden_size, config.ffn_size
+    down, shape = ("ffn_down_t", (ffn, hidden)) if config.sparse else ("ffn_down", (hidden, ffn))
+    names = FAMILIES[config.family].experts
+    block, *matrices = ("mlp", "gate_proj", "up_proj", "down_proj")
+    if names is not None:
+        block, matrices = f"{names.block}.experts.*", [names.gate, names.up, names.down]
+    parts = [
+        ("ffn_gate", matrices[0], (ffn, hidden), "matrix"),
+        ("ffn_up", matrices[1], (ffn, hidden), "matrix"),
+        (down, matrices[2], shape, "down"),
+    ]
+    if config.predictor is not None and (rank := config.predictor.ranks[layer]) > 0:
+        parts += [
+            ("fc1", "predictor.fc1", (rank, hidden), "predictor"),
+            ("fc2", "predictor.fc2", (ffn, rank), "predictor"),
+        ]
+    if names is None:
+        return [(f"{name}.weight", f"{block}.{hf}.weight", size, role) for name, hf, size, role in parts]
+    router = ("ffn_gate_inp.weight", f"{names.block}.gate.weight", (config.experts, hidden), "router")
+    experts = (
+        (f"{name}_exps.weight", f"{block}.{hf}.weight", (config.experts, *size), role) for name, hf, size, role in parts
+    )
+    return [router, *experts]
 
 
 def check_tensors(file: GGUFFile, config: ModelConfig) -> None:

@@ -18,12 +18,15 @@ _SIZES = (
     "max_position_embeddings",
     "rope_theta",
     "tie_word_embeddings",
+    "num_local_experts",
+    "num_experts_per_tok",
 )
 _SHAPES: dict[str, tuple[Any, ...]] = {
     "smollm2-135m": ("llama", 30, 576, 1536, 9, 3, 49152, 8192, 100_000.0, True),
     "llama-3.2-1b": ("llama", 16, 2048, 8192, 32, 8, 128256, 131072, 500_000.0, True),
     "llama-3-8b": ("llama", 32, 4096, 14336, 32, 8, 128256, 8192, 500_000.0, False),
     "mistral-7b": ("mistral", 32, 4096, 14336, 32, 8, 32000, 32768, 1_000_000.0, False),
+    "mixtral-47b": ("mixtral", 32, 4096, 14336, 32, 8, 32000, 32768, 1_000_000.0, False, 8, 2),
     "qwen2.5-0.5b": ("qwen2", 24, 896, 4864, 14, 2, 151936, 32768, 1_000_000.0, True),
     "qwen2.5-7b": ("qwen2", 28, 3584, 18944, 28, 4, 152064, 32768, 1_000_000.0, False),
 }
@@ -43,7 +46,7 @@ def shape_config(shape: str, activation: str, layers: int | None = None) -> Mode
     """
     if shape not in _SHAPES:
         raise UserError(f"--shape {shape[:40]}: choose one of {', '.join(SHAPES)}.")
-    values = dict(zip(_SIZES, _SHAPES[shape], strict=True))
+    values = dict(zip(_SIZES, _SHAPES[shape], strict=False))  # the last two are of mixtures of experts
     values |= {"rms_norm_eps": 1e-5, "hidden_act": "silu", "sliding_window": None}
     if layers is not None:
         values["num_hidden_layers"] = layers

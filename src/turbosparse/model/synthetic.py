@@ -19,7 +19,6 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import BufferedWriter
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -31,7 +30,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from turbosparse.errors import UserError
 from turbosparse.model.config import SYNTHETIC_KEY, ModelConfig, Predictor
-from turbosparse.model.export import QUANTS, replacing, storage_type
+from turbosparse.model.export import QUANTS, TensorStream, replacing, storage_type
 from turbosparse.model.export_metadata import architecture_of, write_hyperparameters, write_tokenizer
 from turbosparse.model.gguf import GGUFFile, nbytes_of
 from turbosparse.model.layout import EMBEDDING, TensorSpec, tensor_specs
@@ -123,25 +122,30 @@ def write_synthetic(
 
 
 def measure_rates(path: str | os.PathLike[str], tokens: int = 256, neurons: int = 2048) -> Rates:
-    """What the rates of a written file are: the first `neurons` of its first and last layer on random tokens."""
+    """What the rates of a written file are: the first `neurons` of its first and last FFN on random tokens."""
     with GGUFFile.open(path) as file:
         config = ModelConfig.from_gguf(file)
         ids = np.random.default_rng(1).integers(config.vocab_size, size=tokens)
         x = np.concatenate([dequantize_rows(file.tensors[EMBEDDING], int(i), int(i) + 1) for i in ids])
         x /= np.sqrt(np.square(x).mean(axis=1, keepdims=True))
+        ending = "_exps.weight" if config.experts else ".weight"
         found = []
-        for layer in (0, config.n_layers - 1):
+        for layer, expert in ((0, 0), (config.n_layers - 1, config.ffns - 1)):
 
-            def product(part: str, inputs: npt.NDArray[np.float32], layer: int = layer) -> npt.NDArray[np.float32]:
-                tensor = file.tensors[f"blk.{layer}.{part}.weight"]
-                rows = tensor.shape[0] if part == "fc1" else min(neurons, config.ffn_size)
-                outputs: npt.NDArray[np.float32] = inputs @ dequantize_rows(tensor, 0, rows).T
+            def product(
+                part: str, inputs: npt.NDArray[np.float32], layer: int = layer, expert: int = expert
+            ) -> npt.NDArray[np.float32]:
+                tensor = file.tensors[f"blk.{layer}.{part}{ending}"]
+                rows = tensor.shape[-2] if part == "fc1" else min(neurons, config.ffn_size)
+                start = expert * tensor.shape[-2]
+                outputs: npt.NDArray[np.float32] = inputs @ dequantize_rows(tensor, start, start + rows).T
                 return outputs
 
             gate, up = (product(part, x) > 0 for part in ("ffn_gate", "ffn_up"))
             fires, selected = gate & up, np.ones_like(gate)
             if config.predictor is not None:
-                selected = product("fc2", np.maximum(product("fc1", x), 0)) >= config.predictor.thresholds[layer]
+                thresholds = np.reshape(config.predictor.thresholds, (config.n_layers, config.ffns))
+                selected = product("fc2", np.maximum(product("fc1", x), 0)) >= thresholds[layer, expert]
             found.append([each.mean() for each in (gate, up, fires, selected, selected & fires)])
     gate_rate, up_rate, h_rate, selected_rate, hit_rate = np.mean(found, axis=0).tolist()
     if config.predictor is None or h_rate == 0:
@@ -156,7 +160,7 @@ class _Model:
         self._rates, self._quant, self._seed = rates, quant, seed
         self._rng = np.random.Generator(np.random.SFC64(seed))
         self.config = config
-        self._directions: tuple[int, Directions] | None = None  # the last layer's that was asked for
+        self._directions: tuple[int, list[Directions]] | None = None  # the last layer's that was asked for
         if prediction is not None:
             ranks = predictor_ranks(config, prediction.share)
             self.config = dataclasses.replace(config, predictor=Predictor(ranks, (0.0,) * len(ranks), normed=True))
@@ -172,38 +176,42 @@ class _Model:
         if spec.role in ("norm", "bias"):
             yield np.full(spec.shape, 1.0 if spec.role == "norm" else 0.0, np.float32)
             return
-        rows, columns = spec.shape
+        *experts, rows, columns = spec.shape
         step = max(1, _CHUNK // columns)
-        for start in range(0, rows, step):
-            yield self._part(spec, start, min(start + step, rows))
+        for expert in range(math.prod(experts)):
+            for start in range(0, rows, step):
+                yield self._part(spec, expert, start, min(start + step, rows))
 
-    def _part(self, spec: TensorSpec, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    def _part(self, spec: TensorSpec, expert: int, start: int, stop: int) -> npt.NDArray[np.uint8]:
         kind = self.kind(spec)
-        part = spec.name.split(".")[2] if spec.name.startswith("blk.") else ""
+        layer, part = _place(spec)
         if self.config.predictor is not None and part in ("ffn_gate", "ffn_up", "fc1", "fc2"):
-            directions = self._directions_of(int(spec.name.split(".")[1]))
+            directions = self._directions_of(layer)[expert]
             if part == "fc1":
                 return directions.fc1()[start:stop]
             if part == "fc2":
                 return directions.fc2(start, stop, kind)
             return directions.neurons(part.removeprefix("ffn_"), start, stop)
-        return random_rows(self._rng, (stop - start, spec.shape[1]), kind, _statistics(spec, self.config, self._rates))
+        return random_rows(self._rng, (stop - start, spec.shape[-1]), kind, _statistics(spec, self.config, self._rates))
 
-    def _directions_of(self, layer: int) -> Directions:
-        """Made anew for each layer from a seed of its own: those of all layers would be as large as the predictors."""
+    def _directions_of(self, layer: int) -> list[Directions]:
+        """Of its FFNs. Made anew for each layer, from seeds of its own: all together are as large as the predictors."""
         if self._directions is None or self._directions[0] != layer:
             assert self.config.predictor is not None
-            specs = {spec.name: spec for spec in tensor_specs(self.config)}
-            gate, up = (specs[f"blk.{layer}.ffn_{part}.weight"] for part in ("gate", "up"))
-            made = Directions(
-                (self._seed, layer),
-                self.config.predictor.ranks[layer],
-                self.config.hidden_size,
-                self.kind(gate),
-                _statistics(gate, self.config, self._rates),
-                _statistics(up, self.config, self._rates),
-                self.config.ffn_size,
-            )
+            specs = {_place(spec): spec for spec in tensor_specs(self.config)}
+            gate, up = specs[layer, "ffn_gate"], specs[layer, "ffn_up"]
+            made = [
+                Directions(
+                    (self._seed, layer, expert) if self.config.experts else (self._seed, layer),
+                    self.config.predictor.ranks[layer],
+                    self.config.hidden_size,
+                    self.kind(gate),
+                    _statistics(gate, self.config, self._rates),
+                    _statistics(up, self.config, self._rates),
+                    self.config.ffn_size,
+                )
+                for expert in range(self.config.ffns)
+            ]
             self._directions = layer, made
         return self._directions[1]
 
@@ -213,7 +221,7 @@ class _Model:
         rows = _statistics(embedding, self.config, self._rates)
         x = probes(rng, self.config.hidden_size, self.kind(embedding), rows)
         layers = range(self.config.n_layers)
-        thresholds = tuple(self._directions_of(layer).threshold(x, selected) for layer in layers)
+        thresholds = tuple(each.threshold(x, selected) for layer in layers for each in self._directions_of(layer))
         self._directions = None  # their generators have been used
         return thresholds
 
@@ -229,31 +237,17 @@ def _write_tensors(writer: GGUFWriter, model: _Model, progress: Callable[[int, i
     writer.write_ti_data_to_file()
     done, total = 0, sum(math.prod(spec.shape) for spec in model.specs)
     for spec in model.specs:
-        stream: Any = _Stream(model.rows(spec), sizes[spec.name])  # all that the writer asks of an array
+        stream: Any = TensorStream(model.rows(spec), sizes[spec.name])  # all that the writer asks of an array
         writer.write_tensor_data(stream)
         done += math.prod(spec.shape)
         if progress is not None:
             progress(done, total)
 
 
-class _Stream:
-    """A tensor for `GGUFWriter.write_tensor_data` that is made while it is written."""
-
-    def __init__(self, parts: Iterator[npt.NDArray[Any]], nbytes: int) -> None:
-        self._parts, self.nbytes = parts, nbytes
-
-    def tofile(self, file: BufferedWriter) -> None:
-        written = 0
-        for part in self._parts:
-            part.tofile(file)
-            written += part.nbytes
-        assert written == self.nbytes
-
-
 def _statistics(spec: TensorSpec, config: ModelConfig, rates: Rates) -> Rows:
     """A matrix's weights; its offsets meet the constant channels."""
     hidden = config.hidden_size
-    layer, part = spec.name.split(".")[1:3] if spec.name.startswith("blk.") else ("", "")
+    layer, part = _place(spec)
     if spec.name == EMBEDDING:
         return Rows(1.0, _CONSTANT)
     if part in ("ffn_gate", "ffn_up"):
@@ -263,11 +257,21 @@ def _statistics(spec: TensorSpec, config: ModelConfig, rates: Rates) -> Rows:
         spread = 1.0 / math.sqrt(hidden)
         return Rows(spread, -theta * spread * math.sqrt(hidden - constants) / (constants * _CONSTANT))
     if spec.role == "down":
-        size = _DECISIVE if int(layer) == config.n_layers - 1 else _SMALL
+        size = _DECISIVE if layer == config.n_layers - 1 else _SMALL
         return Rows(size / math.sqrt(config.ffn_size * max(rates.h, 1e-3)))
+    if spec.role == "router":
+        return Rows(1.0 / math.sqrt(hidden), 0.0)  # blind to the constants, which would favour some experts
     if part == "attn_output":
-        return Rows(_SMALL / math.sqrt(spec.shape[1]))
-    return Rows(1.0 / math.sqrt(spec.shape[1]))
+        return Rows(_SMALL / math.sqrt(spec.shape[-1]))
+    return Rows(1.0 / math.sqrt(spec.shape[-1]))
+
+
+def _place(spec: TensorSpec) -> tuple[int, str]:
+    """Layer and part: (3, "ffn_gate") of that matrix, alone or of all experts; (-1, "") outside of layers."""
+    if not spec.name.startswith("blk."):
+        return -1, ""
+    _, layer, part, *_ = spec.name.split(".")
+    return int(layer), part.removesuffix("_exps")
 
 
 def _tokenizer(vocab_size: int) -> dict[str, Any]:

@@ -21,12 +21,12 @@ class Rows:
 
     Attributes:
         spread: standard deviation of the weights.
-        offset: mean of the first weight of every block of 32 columns, where it is not 0; those weights are it, rounded
-            up or down to a level at random.
+        offset: mean of the first weight of every block of 32 columns; those weights are it, rounded up or down to a
+            level at random. None: they are like the others.
     """
 
     spread: float
-    offset: float = 0.0
+    offset: float | None = None
 
 
 def random_rows(rng: np.random.Generator, shape: tuple[int, ...], kind: Type, of: Rows) -> npt.NDArray[np.uint8]:
@@ -39,14 +39,14 @@ def random_rows(rng: np.random.Generator, shape: tuple[int, ...], kind: Type, of
     rows, columns = shape
     if kind not in _LEVELS:
         values = (rng.random(shape, np.float32) * 2 - 1) * np.float32(math.sqrt(3) * of.spread)
-        if of.offset:
+        if of.offset is not None:
             values[:, ::BLOCK] = of.offset
         return values.astype(_FLOATS[kind]).view(np.uint8).reshape(rows, -1)
     highest, deviation = _LEVELS[kind]
     blocks = rows * columns // BLOCK
     step = of.spread / deviation
     constant = None
-    if of.offset:
+    if of.offset is not None:
         level = np.floor(of.offset / step + rng.random(blocks, np.float32))
         constant = np.clip(level, -highest, highest).astype(np.int8)
     out, payload = _blocks(blocks, kind, step)

@@ -123,6 +123,8 @@ def _read_gguf(path: Path, folder: Path) -> Provenance:
         config = ModelConfig.from_gguf(file)
         tokenizer = Tokenizer.from_gguf(file)
         licence = file.metadata.get("general.license")
+    if config.experts > 0:
+        raise UserError(f"{path}: is a mixture of experts; only models with one FFN a layer are converted.")
     if config.sparse:
         raise UserError(f"{path}: is a {config.activation} model already; convert the dense one.")
     try:
