@@ -14,17 +14,23 @@ constexpr int64_t row_bytes(WeightType type, int64_t cols) {
 }
 
 // ggml's block: a float16 scale, then the quants.
-void pack_row(WeightType type, int64_t blocks, const std::byte* source, std::byte* row) {
-  const int64_t bytes = block_bytes(type);
-  const std::byte flip = type == WeightType::q8_0 ? std::byte{0x80} : std::byte{0};  // adds 128 to a signed byte
+template <WeightType kType>
+void pack_row(int64_t blocks, const std::byte* source, std::byte* row) {
+  constexpr int64_t kBytes = block_bytes(kType);
+  constexpr uint32_t kFlip = kType == WeightType::q8_0 ? 0x80808080 : 0;  // adds 128 to each of four signed bytes
   for (int64_t begin = 0; begin < blocks;) {
     const int64_t group = group_size(blocks - begin);
-    std::byte* scales = row + begin * scaled_block_bytes(type);
+    std::byte* scales = row + begin * scaled_block_bytes(kType);
     std::byte* out = scales + group * kScaleBytes;
     for (int64_t b = 0; b < group; ++b) {
-      const std::byte* block = source + (begin + b) * scaled_block_bytes(type);
+      const std::byte* block = source + (begin + b) * scaled_block_bytes(kType);
       std::memcpy(scales + b * kScaleBytes, block, kScaleBytes);
-      for (int64_t i = 0; i < bytes; ++i) out[byte_in_group(group, b, i)] = block[kScaleBytes + i] ^ flip;
+      for (int64_t i = 0; i < kBytes; i += 4) {
+        uint32_t dword;
+        std::memcpy(&dword, block + kScaleBytes + i, 4);
+        dword ^= kFlip;
+        std::memcpy(out + byte_in_group(group, b, i), &dword, 4);
+      }
     }
     begin += group;
   }
@@ -44,8 +50,9 @@ void pack(const Matrix& into, std::byte* storage, int64_t first, int64_t last, c
     std::memcpy(row, source, static_cast<size_t>((last - first) * into.row_bytes));
     return;
   }
+  const auto pack_row_of = into.type == WeightType::q4_0 ? pack_row<WeightType::q4_0> : pack_row<WeightType::q8_0>;
   for (int64_t r = first; r < last; ++r) {
-    pack_row(into.type, into.cols / kBlock, source, row);
+    pack_row_of(into.cols / kBlock, source, row);
     source += into.row_bytes;  // ggml's blocks hold their scales: as many bytes
     row += into.row_bytes;
   }
