@@ -11,6 +11,7 @@ namespace turbosparse {
 namespace {
 
 constexpr int64_t kMaxNeuronBlocks = 16;
+constexpr int64_t kPieceBytes = int64_t{16} << 20;  // of a matrix, packed between two calls of after_piece
 
 // Bytes of a row in ggml's own layout.
 int64_t source_row_bytes(WeightType type, int64_t cols) {
@@ -101,10 +102,15 @@ void Model::set_matrix(const std::string& name, WeightType type, int64_t rows, i
   if (row_bytes <= 0 || bytes != static_cast<size_t>(row_bytes) * rows) fail("wrong number of bytes of " + name);
   std::byte* storage = arena_.take(kernels_->packed_bytes(type, rows, cols));
   *slot = kernels_->layout(type, rows, cols, storage);
-  team_.run([&](Member& member) {
-    const auto [first, last] = member.part(rows, 64);
-    if (first < last) kernels_->pack(*slot, storage, first, last, source + first * row_bytes);
-  });
+  const int64_t step = std::max<int64_t>(kPieceBytes / row_bytes, 1);
+  for (int64_t begin = 0; begin < rows; begin += step) {
+    team_.run([&](Member& member) {
+      const auto [first, last] = member.part(std::min(step, rows - begin), 64);
+      if (first < last)
+        kernels_->pack(*slot, storage, begin + first, begin + last, source + (begin + first) * row_bytes);
+    });
+    if (after_piece_) after_piece_();
+  }
 }
 
 void Model::set_vector(const std::string& name, const float* values, int64_t size) {
@@ -160,6 +166,7 @@ void Model::count(bool on) {
 }
 
 void Model::finish() {
+  after_piece_ = nullptr;
   if (!embedding_.rows || !output_norm_) fail("the embedding or the output norm is missing");
   for (size_t i = 0; i < layers_.size(); ++i) {
     Layer& l = layers_[i];
