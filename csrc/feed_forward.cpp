@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The two feed-forward blocks: of dense models, and of those that compute only neurons that fire.
 //
-// A sparse FFN is a sum over neurons. They are split into fixed blocks (model.h); a block sums its neurons in their
-// order into a partial vector of its own, and partials are added in the order of blocks. A neuron that is left out
-// because its h is zero would have added zero, so that changes no bit.
+// A sparse FFN is a sum over neurons. They are split into fixed blocks (model.h); a block sums its neurons, in
+// integers or in their order, into a partial vector of its own, and partials are added in the order of blocks. A neuron
+// that is left out because its h is zero would have added zero, so that changes no bit.
 #include <algorithm>
 #include <cmath>
 
@@ -129,6 +129,10 @@ void Forward::neuron_block(Scratch& s, const Pass& pass, int64_t index, int64_t 
     if (counts_) count_row(s, at, t);
     fire(s, pass, at, t, x);
   }
+  if (sums_together(pass, layer.down)) {
+    kernels_.sum_rows(layer.down, first, last, s.gate.data(), size, pass.n, partial_of(0, block),
+                      model_->neuron_blocks() * config_.hidden);
+  }
 }
 
 // The neurons of a row that fire, added to its partial sum.
@@ -165,7 +169,19 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
   }
   if (mode == Mode::dense) active = list_every(s, at, active);
   count_read(s, pass, at, active, layer.down, 2);
-  kernels_.axpy_listed(layer.down, s.listed.data(), s.value.data(), active, partial_of(row, at.block));
+  if (sums_together(pass, layer.down)) {
+    std::copy_n(s.value.data(), at.n, &s.gate[row * model_->neuron_block()]);
+  } else if (layer.down.largest) {
+    kernels_.sum_listed(layer.down, s.listed.data(), s.value.data(), active, at.n, partial_of(row, at.block));
+  } else {
+    kernels_.axpy_listed(layer.down, s.listed.data(), s.value.data(), active, partial_of(row, at.block));
+  }
+}
+
+// Whether the rows of a pass leave their h in the place of their gates, to be summed up in one go: that needs every
+// neuron of every row.
+bool Forward::sums_together(const Pass& pass, const Matrix& down) {
+  return pass.n > 1 && pass.mode == Mode::dense && down.largest != nullptr;
 }
 
 // The open gates of a row, of all its neurons (`selected` < 0) or of the selected ones that s.open lists: s.open,

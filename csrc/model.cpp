@@ -111,6 +111,17 @@ void Model::set_matrix(const std::string& name, WeightType type, int64_t rows, i
     });
     if (after_piece_) after_piece_();
   }
+  if (has_blocks(type) && !exact_fp32_ && name.find(".ffn_down_t") != std::string::npos) find_largest_scales(*slot);
+}
+
+// What sums over neurons need (kernels/sums.h).
+void Model::find_largest_scales(Matrix& down) {
+  auto* largest = reinterpret_cast<float*>(arena_.take(down.rows * sizeof(float)));
+  team_.run([&](Member& member) {
+    const auto [first, last] = member.part(down.rows, 64);
+    kernels_->largest_scales(down, first, last, largest);
+  });
+  down.largest = largest;
 }
 
 void Model::set_vector(const std::string& name, const float* values, int64_t size) {

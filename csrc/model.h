@@ -114,6 +114,7 @@ class Model {
 
  private:
   Matrix* matrix_slot(const std::string& name, int64_t rows, int64_t cols);
+  void find_largest_scales(Matrix& down);
 
   Config config_;
   const Kernels* kernels_;

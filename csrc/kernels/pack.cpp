@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "pack.h"
 
+#include <algorithm>
+#include <bit>
 #include <cstring>
+#include <limits>
 
 namespace turbosparse {
 namespace {
@@ -36,6 +39,12 @@ void pack_row(int64_t blocks, const std::byte* source, std::byte* row) {
   }
 }
 
+// Magnitudes of float16 are ordered as their bits are.
+float f16_magnitude(uint16_t bits) {
+  if (bits >= 0x7c00u) return std::numeric_limits<float>::infinity();  // or a NaN
+  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 13) * 0x1p112f;
+}
+
 }  // namespace
 
 int64_t packed_bytes(WeightType type, int64_t rows, int64_t cols) { return align(rows * row_bytes(type, cols)); }
@@ -55,6 +64,24 @@ void pack(const Matrix& into, std::byte* storage, int64_t first, int64_t last, c
     pack_row_of(into.cols / kBlock, source, row);
     source += into.row_bytes;  // ggml's blocks hold their scales: as many bytes
     row += into.row_bytes;
+  }
+}
+
+void largest_scales(const Matrix& w, int64_t first, int64_t last, float* out) {
+  const int64_t blocks = w.cols / kBlock;
+  for (int64_t r = first; r < last; ++r) {
+    uint16_t largest = 0;
+    for (int64_t begin = 0; begin < blocks;) {
+      const int64_t group = group_size(blocks - begin);
+      const std::byte* scales = w.values + r * w.row_bytes + begin * scaled_block_bytes(w.type);
+      for (int64_t b = 0; b < group; ++b) {
+        uint16_t half;
+        std::memcpy(&half, scales + b * kScaleBytes, kScaleBytes);
+        largest = std::max<uint16_t>(largest, half & 0x7fffu);
+      }
+      begin += group;
+    }
+    out[r] = f16_magnitude(largest);
   }
 }
 
