@@ -14,7 +14,8 @@ struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kWideRows = 2;  // rows and int8 vectors of a tile whose sums stay in 16 registers
   static constexpr int kVectors = 4;
-  static constexpr int kSumVectors = 2;
+  static constexpr int kListRows = 4;    // that are read side by side
+  static constexpr int kSumVectors = 2;  // of a sum over all rows, in one go
   static constexpr int64_t kQ8Bias = 0;  // dot_bytes takes the 128 off before it multiplies
   static constexpr int64_t kQ4Bias = kQ4Offset;
   using F = __m256;
@@ -225,7 +226,7 @@ struct Avx2 {
     return count;
   }
 
-  static void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+  static void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
  private:
   static F widen_bf16(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }

@@ -20,7 +20,8 @@ struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kWideRows = 4;  // rows and int8 vectors of a tile whose sums stay in 32 registers
   static constexpr int kVectors = 4;
-  static constexpr int kSumVectors = 4;
+  static constexpr int kListRows = 8;            // that are read side by side
+  static constexpr int kSumVectors = 4;          // of a sum over all rows, in one go
   static constexpr int64_t kQ8Bias = kQ8Offset;  // the unsigned byte is multiplied as stored; `sum` takes its 128 back
   static constexpr int64_t kQ4Bias = kQ4Offset;
   using F = __m512;
@@ -227,7 +228,7 @@ struct Avx512 {
     return count;
   }
 
-  static void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+  static void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
  private:
   static F widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }

@@ -16,7 +16,8 @@ struct Neon {
   static constexpr int kLanes = 4;
   static constexpr int kWideRows = 4;  // rows and int8 vectors of a tile whose sums stay in 32 registers
   static constexpr int kVectors = 4;
-  static constexpr int kSumVectors = 4;
+  static constexpr int kListRows = 8;    // that are read side by side
+  static constexpr int kSumVectors = 4;  // of a sum over all rows, in one go
   static constexpr int64_t kQ8Bias = 0;  // dot_bytes takes the 128 off before it multiplies
   static constexpr int64_t kQ4Bias = kQ4Offset;
   using F = float32x4_t;
@@ -201,7 +202,7 @@ struct Neon {
     return count;
   }
 
-  static void prefetch(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
+  static void prefetch(const std::byte* p) { __builtin_prefetch(p, 0, 3); }
 
  private:
   static F widen_f16(uint16x4_t x) { return vcvt_f32_f16(vreinterpret_f16_u16(x)); }

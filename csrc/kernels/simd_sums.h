@@ -116,7 +116,7 @@ inline constexpr int64_t kSumsOfTile = kTileBlocks + 4 * kGroup;
 template <class S, WeightType kType>
 static void block_sum_listed(const Matrix& w, const int32_t* rows, const float* coefficient, int64_t n, int64_t most,
                              float* y) {
-  constexpr int kRows = kTallRows;
+  constexpr int kRows = S::kListRows;
   constexpr int64_t kBytes = scaled_block_bytes(kType);
   const Levels levels = levels_for(w, rows, coefficient, n, most);
   if (levels.kind == Levels::none) return;
