@@ -22,6 +22,7 @@ from turbosparse._native import kernels
 TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
 COLD_BYTES = 512 * 2**20
 PASSES = 5
+BLOCK_ROWS = 896  # neurons of a block of a 7B, which sums over rows go over
 
 
 def matrices(isa: str, kind: str, rows: int, cols: int, total_bytes: int) -> list[kernels.Matrix]:
@@ -71,6 +72,19 @@ def measure(isa: str, kind: str, args: argparse.Namespace) -> dict[str, float]:
         count = sum(len(each_own) for each_own in own) * repeats
         return own[0][0].row_bytes * read_rows * count / seconds(each(call), args.threads) / 1e9
 
+    def many_sums(thread: int) -> None:
+        own[thread][0].sum_rows(0, block, coefficients)
+
+    block = min(rows, BLOCK_ROWS)
+    coefficients = rng.standard_normal((64, block), dtype=np.float32)
+    sums = {}
+    if int8:
+        sums = {
+            "sum_listed": bandwidth(
+                lambda m, t: m.sum_listed(tenth, coefficient[: tenth.size], rows, y[t]), tenth.size
+            ),
+            "sum_rows": block * cols * 64 * args.threads / seconds(many_sums, args.threads) / 1e9,
+        }
     prefill = seconds(lambda thread: [own[thread][0].dot(many, 0, rows), None][1], args.threads)
     return {
         "dot": bandwidth(lambda m, _: m.dot(one, 0, rows), rows),
@@ -78,6 +92,7 @@ def measure(isa: str, kind: str, args: argparse.Namespace) -> dict[str, float]:
         "axpy": bandwidth(lambda m, t: m.axpy_listed(every, coefficient, y[t]), rows),
         "axpy_listed": bandwidth(lambda m, t: m.axpy_listed(tenth, coefficient[: tenth.size], y[t]), tenth.size),
         "prefill": rows * cols * 128 * args.threads / prefill / 1e9,
+        **sums,
     }
 
 
@@ -92,7 +107,7 @@ def main() -> None:
     parser.add_argument("--resident", action="store_true", help="one matrix, which stays in the cache")
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {args.threads} threads, {args.rows} x {args.cols}")
-    print("GB/s of weights (10 % of the rows where listed); prefill: GMAC/s of 128 vectors")
+    print("GB/s of weights (10 % of the rows where listed); prefill, sum_rows: GMAC/s of 128 and 64 vectors")
     for isa in args.isa:
         for kind in args.types:
             figures = measure(isa, kind, args)

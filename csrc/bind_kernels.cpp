@@ -61,6 +61,7 @@ Out<T> array(std::unique_ptr<T[]> data, std::initializer_list<size_t> shape) {
 struct PackedMatrix {
   const Kernels& kernels;
   Mapping storage;  // as the engine holds weights: pages decide what scattered rows cost
+  std::vector<float> largest;
   Matrix view;
 
   PackedMatrix(const std::string& isa, int type, int64_t rows, int64_t cols, In<uint8_t, 1> source)
@@ -77,6 +78,10 @@ struct PackedMatrix {
     storage = Mapping(bytes);
     view = kernels.layout(weight, rows, cols, storage.data());
     kernels.pack(view, storage.data(), 0, rows, reinterpret_cast<const std::byte*>(source.data()));
+    if (!blocked) return;
+    largest.resize(static_cast<size_t>(rows));
+    kernels.largest_scales(view, 0, rows, largest.data());
+    view.largest = largest.data();
   }
 
   void check_rows(In<int32_t, 1> rows) const {
@@ -168,6 +173,30 @@ void axpy_listed(const PackedMatrix& w, In<int32_t, 1> rows, In<float, 1> coeffi
   w.kernels.axpy_listed(w.view, rows.data(), coefficient.data(), static_cast<int64_t>(rows.size()), y.data());
 }
 
+void sum_listed(const PackedMatrix& w, In<int32_t, 1> rows, In<float, 1> coefficient, int64_t most, InOut<float> y) {
+  require(w.view.largest != nullptr, "sums in integers are for blocked types");
+  require(static_cast<int64_t>(y.size()) == w.view.cols, "y and matrix differ in columns");
+  require(coefficient.size() == rows.size(), "one coefficient a listed row");
+  require(static_cast<int64_t>(rows.size()) <= most, "more rows than there may be");
+  w.check_rows(rows);
+  nb::gil_scoped_release release;
+  w.kernels.sum_listed(w.view, rows.data(), coefficient.data(), static_cast<int64_t>(rows.size()), most, y.data());
+}
+
+Out<float> sum_rows(const PackedMatrix& w, int64_t first, int64_t last, In<float, 2> coefficient) {
+  require(w.view.largest != nullptr, "sums in integers are for blocked types");
+  require(0 <= first && first <= last && last <= w.view.rows, "row range out of bounds");
+  require(static_cast<int64_t>(coefficient.shape(1)) == last - first, "one coefficient a row");
+  const size_t count = coefficient.shape(0), cols = static_cast<size_t>(w.view.cols);
+  auto out = std::make_unique<float[]>(count * cols);
+  {
+    nb::gil_scoped_release release;
+    w.kernels.sum_rows(w.view, first, last, coefficient.data(), last - first, static_cast<int64_t>(count), out.get(),
+                       w.view.cols);
+  }
+  return array(std::move(out), {count, cols});
+}
+
 Out<float> decode_row(const PackedMatrix& w, int64_t row) {
   require(0 <= row && row < w.view.rows, "row out of range");
   const auto cols = static_cast<size_t>(w.view.cols);
@@ -232,6 +261,8 @@ void bind(nb::module_& module) {
       .def("dot", dot, "x"_a, "first"_a, "last"_a)
       .def("dot_listed", dot_listed, "rows"_a, "x"_a, "v"_a)
       .def("axpy_listed", axpy_listed, "rows"_a, "coefficient"_a, "y"_a)
+      .def("sum_listed", sum_listed, "rows"_a, "coefficient"_a, "most"_a, "y"_a)
+      .def("sum_rows", sum_rows, "first"_a, "last"_a, "coefficient"_a)
       .def("decode_row", decode_row, "row"_a);
   nb::class_<PreparedVectors>(m, "Vectors")
       .def(nb::init<const std::string&, In<float, 2>, bool, std::optional<In<float, 2>>>(), "isa"_a, "x"_a, "int8"_a,

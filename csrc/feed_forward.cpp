@@ -2,9 +2,9 @@
 // The two feed-forward blocks: of dense models, and of those that compute only neurons that fire. A layer has a list of
 // FFNs, one or some experts; routing.h says which of them compute a row, and what they put out is added in their order.
 //
-// A sparse FFN is a sum over neurons. They are split into fixed blocks (model.h); a block sums its neurons in their
-// order into a partial vector of its own, and partials are added in the order of blocks. A neuron that is left out
-// because its h is zero would have added zero, so that changes no bit.
+// A sparse FFN is a sum over neurons. They are split into fixed blocks (model.h); a block sums its neurons, in
+// integers or in their order, into a partial vector of its own, and partials are added in the order of blocks. A neuron
+// that is left out because its h is zero would have added zero, so that changes no bit.
 #include <algorithm>
 #include <cmath>
 
@@ -188,6 +188,10 @@ void Forward::neuron_block(Scratch& s, const Pass& pass, int64_t index, const Ro
     if (counts_) count_row(s, at, t);
     fire(s, pass, at, t, x);
   }
+  if (sums_together(pass, ffn.down)) {
+    kernels_.sum_rows(ffn.down, first, last, s.gate.data(), size, pass.n, partial_of(at.slot, block),
+                      model_->neuron_blocks() * config_.hidden);
+  }
 }
 
 // The neurons of a row that fire, added to its partial sum.
@@ -223,7 +227,20 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
   }
   if (mode == Mode::dense) active = list_every(s, at, active);
   count_read(s, pass, at, active, at.ffn.down, 2);
-  kernels_.axpy_listed(at.ffn.down, s.listed.data(), s.value.data(), active, partial_of(at.slot + row, at.block));
+  if (sums_together(pass, at.ffn.down)) {
+    std::copy_n(s.value.data(), at.n, &s.gate[row * model_->neuron_block()]);
+  } else if (at.ffn.down.largest) {
+    kernels_.sum_listed(at.ffn.down, s.listed.data(), s.value.data(), active, at.n,
+                        partial_of(at.slot + row, at.block));
+  } else {
+    kernels_.axpy_listed(at.ffn.down, s.listed.data(), s.value.data(), active, partial_of(at.slot + row, at.block));
+  }
+}
+
+// Whether the rows of a pass leave their h in the place of their gates, to be summed up in one go: that needs every
+// neuron of every row.
+bool Forward::sums_together(const Pass& pass, const Matrix& down) {
+  return pass.n > 1 && pass.mode == Mode::dense && down.largest != nullptr;
 }
 
 // The open gates of a row, of all its neurons (`selected` < 0) or of the selected ones that s.open lists: s.open,

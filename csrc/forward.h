@@ -133,6 +133,7 @@ class Forward {
   Inputs predictor_hidden(Member& member, const Pass& pass, const Layer& layer, const Inputs& x);
   void neuron_block(Scratch& s, const Pass& pass, int64_t index, const Routing::Group& group, int64_t block,
                     const Inputs& x, const Inputs* hidden);
+  static bool sums_together(const Pass& pass, const Matrix& down);
   void fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x);
   int64_t open_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t selected);
   int64_t select(Scratch& s, const Neurons& at, int64_t row);

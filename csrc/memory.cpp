@@ -15,7 +15,9 @@
 namespace turbosparse {
 namespace {
 
-constexpr size_t kChunk = size_t{32} << 20;
+// Mappings double in size up to a gigabyte: few of them, since each may end in a huge page that is half empty.
+constexpr size_t kSmallest = size_t{32} << 20;
+constexpr size_t kLargest = size_t{1} << 30;
 constexpr size_t kLine = 64;
 
 size_t round_up(size_t value, size_t to) { return (value + to - 1) / to * to; }
@@ -58,7 +60,7 @@ Mapping& Mapping::operator=(Mapping&& other) noexcept {
 std::byte* Arena::take(size_t bytes) {
   bytes = round_up(std::max(bytes, size_t{1}), kLine);
   if (mappings_.empty() || offset_ + bytes > mappings_.back().size()) {
-    mappings_.emplace_back(std::max(bytes, kChunk));
+    mappings_.emplace_back(std::max(bytes, std::clamp(used_, kSmallest, kLargest)));
     offset_ = 0;
   }
   std::byte* piece = mappings_.back().data() + offset_;

@@ -11,6 +11,7 @@ namespace turbosparse {
 namespace {
 
 constexpr int64_t kMaxNeuronBlocks = 16;
+constexpr int64_t kPieceBytes = int64_t{16} << 20;  // of a matrix, packed between two calls of after_piece
 
 // Bytes of a row in ggml's own layout.
 int64_t source_row_bytes(WeightType type, int64_t cols) {
@@ -106,10 +107,26 @@ void Model::set_matrix(const std::string& name, int64_t expert, WeightType type,
   if (row_bytes <= 0 || bytes != static_cast<size_t>(row_bytes) * rows) fail("wrong number of bytes of " + name);
   std::byte* storage = arena_.take(kernels_->packed_bytes(type, rows, cols));
   *slot = kernels_->layout(type, rows, cols, storage);
+  const int64_t step = std::max<int64_t>(kPieceBytes / row_bytes, 1);
+  for (int64_t begin = 0; begin < rows; begin += step) {
+    team_.run([&](Member& member) {
+      const auto [first, last] = member.part(std::min(step, rows - begin), 64);
+      if (first < last)
+        kernels_->pack(*slot, storage, begin + first, begin + last, source + (begin + first) * row_bytes);
+    });
+    if (after_piece_) after_piece_();
+  }
+  if (has_blocks(type) && !exact_fp32_ && name.find(".ffn_down_t") != std::string::npos) find_largest_scales(*slot);
+}
+
+// What sums over neurons need (kernels/sums.h).
+void Model::find_largest_scales(Matrix& down) {
+  auto* largest = reinterpret_cast<float*>(arena_.take(down.rows * sizeof(float)));
   team_.run([&](Member& member) {
-    const auto [first, last] = member.part(rows, 64);
-    if (first < last) kernels_->pack(*slot, storage, first, last, source + first * row_bytes);
+    const auto [first, last] = member.part(down.rows, 64);
+    kernels_->largest_scales(down, first, last, largest);
   });
+  down.largest = largest;
 }
 
 void Model::set_vector(const std::string& name, const float* values, int64_t size) {
@@ -167,6 +184,7 @@ void Model::count(bool on) {
 }
 
 void Model::finish() {
+  after_piece_ = nullptr;
   if (!embedding_.rows || !output_norm_) fail("the embedding or the output norm is missing");
   for (size_t i = 0; i < layers_.size(); ++i) {
     Layer& l = layers_[i];

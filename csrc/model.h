@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -86,6 +87,8 @@ class Model {
   void set_matrix(const std::string& name, int64_t expert, WeightType type, int64_t rows, int64_t cols,
                   const std::byte* source, size_t bytes);
   void set_vector(const std::string& name, const float* values, int64_t size);
+  // Called after every few megabytes of a matrix, whose source is not read again; forgotten by finish().
+  void after_piece(std::function<void()> call) { after_piece_ = std::move(call); }
 
   // Check that nothing is missing, and make the tables. Throws std::invalid_argument.
   void finish();
@@ -121,6 +124,7 @@ class Model {
 
  private:
   Matrix* matrix_slot(const std::string& name, int64_t expert, int64_t rows, int64_t cols);
+  void find_largest_scales(Matrix& down);
 
   Config config_;
   const Kernels* kernels_;
@@ -131,6 +135,7 @@ class Model {
   Traffic traffic_;
   std::unique_ptr<Counts> counts_;
   Arena arena_;
+  std::function<void()> after_piece_;
   Matrix embedding_, head_;
   const float* output_norm_ = nullptr;
   std::vector<float> rope_factors_;

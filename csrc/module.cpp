@@ -2,6 +2,7 @@
 // What Python sees of the engine. It hands over whole tensors and gets whole logits; no row ever crosses this line.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/function.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -240,6 +241,7 @@ NB_MODULE(_native, m) {
             self.set_vector(name, values.data(), static_cast<int64_t>(values.size()));
           },
           "name"_a, "values"_a)
+      .def("after_piece", &Model::after_piece, "call"_a)
       .def("finish", &Model::finish)
       .def(
           "count",

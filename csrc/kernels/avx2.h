@@ -14,6 +14,8 @@ struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kWideRows = 2;  // rows and int8 vectors of a tile whose sums stay in 16 registers
   static constexpr int kVectors = 4;
+  static constexpr int kListRows = 4;    // that are read side by side
+  static constexpr int kSumVectors = 2;  // of a sum over all rows, in one go
   static constexpr int64_t kQ8Bias = 0;  // dot_bytes takes the 128 off before it multiplies
   static constexpr int64_t kQ4Bias = kQ4Offset;
   using F = __m256;
@@ -104,7 +106,27 @@ struct Avx2 {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
   static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+  template <int kCount>
+  static void store_ints(int32_t* p, I x) {
+    static_assert(kCount == 8 || kCount == 4);
+    if constexpr (kCount == 8) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
+    if constexpr (kCount == 4) _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(x));
+  }
   static I no_sum() { return _mm256_setzero_si256(); }
+  static I add_ints(I a, I b) { return _mm256_add_epi32(a, b); }
+
+  // Dwords as pairs of int16: the sum of both products, the low and the high words of a and b side by side, and bits
+  // of each word.
+  static I dot_words(I sum, I a, I b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+  static I ones() { return _mm256_set1_epi16(1); }
+  static I pair_low(I a, I b) { return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa); }
+  static I pair_high(I a, I b) { return _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xaa); }
+  template <int kShift, int kMask>
+  static I words(I x) {
+    const I shifted = kShift == 0 ? x : _mm256_srli_epi16(x, kShift);
+    return (kMask << kShift) >> 8 >= 0x80 ? shifted : _mm256_and_si256(shifted, _mm256_set1_epi16(kMask));
+  }
+  static I to_int(F x) { return _mm256_cvtps_epi32(x); }  // to nearest even
 
   static I shifted_negative(I x, int bits) {
     return _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(x, bits));
@@ -204,7 +226,7 @@ struct Avx2 {
     return count;
   }
 
-  static void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+  static void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
  private:
   static F widen_bf16(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }

@@ -20,6 +20,8 @@ struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kWideRows = 4;  // rows and int8 vectors of a tile whose sums stay in 32 registers
   static constexpr int kVectors = 4;
+  static constexpr int kListRows = 8;            // that are read side by side
+  static constexpr int kSumVectors = 4;          // of a sum over all rows, in one go
   static constexpr int64_t kQ8Bias = kQ8Offset;  // the unsigned byte is multiplied as stored; `sum` takes its 128 back
   static constexpr int64_t kQ4Bias = kQ4Offset;
   using F = __m512;
@@ -106,7 +108,28 @@ struct Avx512 {
   static I load_ints(const int32_t* p) {
     return kCount >= 16 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(mask(kCount), p);
   }
+  template <int kCount>
+  static void store_ints(int32_t* p, I x) {
+    static_assert(kCount == 16 || kCount == 8 || kCount == 4);
+    if constexpr (kCount == 16) _mm512_storeu_si512(p, x);
+    if constexpr (kCount == 8) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(x));
+    if constexpr (kCount == 4) _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_castsi512_si128(x));
+  }
   static I no_sum() { return _mm512_setzero_si512(); }
+  static I add_ints(I a, I b) { return _mm512_add_epi32(a, b); }
+
+  // Dwords as pairs of int16: the sum of both products, the low and the high words of a and b side by side, and bits
+  // of each word.
+  static I dot_words(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
+  static I ones() { return _mm512_set1_epi16(1); }
+  static I pair_low(I a, I b) { return _mm512_mask_blend_epi16(0xaaaaaaaau, a, _mm512_slli_epi32(b, 16)); }
+  static I pair_high(I a, I b) { return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(a, 16), b); }
+  template <int kShift, int kMask>
+  static I words(I x) {
+    const I shifted = kShift == 0 ? x : _mm512_srli_epi16(x, kShift);
+    return (kMask << kShift) >> 8 >= 0x80 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi16(kMask));
+  }
+  static I to_int(F x) { return _mm512_cvtps_epi32(x); }  // to nearest even
 
   // kCount scales, repeated over the lanes.
   template <int kCount>
@@ -205,7 +228,7 @@ struct Avx512 {
     return count;
   }
 
-  static void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+  static void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
  private:
   static F widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }

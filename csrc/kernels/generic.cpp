@@ -3,9 +3,12 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <numeric>
+#include <vector>
 
 #include "isa.h"
 #include "pack.h"
+#include "sums.h"
 
 namespace turbosparse {
 namespace {
@@ -151,6 +154,30 @@ void axpy_listed(const Matrix& w, const int32_t* rows, const float* coefficient,
   for (int64_t i = 0; i < n; ++i) axpy_row(w, rows[i], coefficient[i], y);
 }
 
+void sum_listed(const Matrix& w, const int32_t* rows, const float* coefficient, int64_t n, int64_t most, float* y) {
+  const Levels levels = levels_for(w, rows, coefficient, n, most);
+  if (levels.kind == Levels::none) return;
+  if (levels.kind == Levels::floats) return axpy_listed(w, rows, coefficient, n, y);
+  std::vector<int32_t> sums(static_cast<size_t>(w.cols));
+  for (int64_t i = 0; i < n; ++i) {
+    const float factor = factor_of(levels, w, rows[i], coefficient[i]);
+    for_each_block(w, rows[i], [&](int64_t block, float scale, const int32_t* quants) {
+      const auto level = static_cast<int32_t>(std::nearbyint(factor * scale));
+      for (int64_t c = 0; c < kBlock; ++c) sums[block * kBlock + c] += level * quants[c];
+    });
+  }
+  for (int64_t c = 0; c < w.cols; ++c) y[c] += levels.scale * static_cast<float>(sums[c]);
+}
+
+void sum_rows(const Matrix& w, int64_t first, int64_t last, const float* coefficient, int64_t stride, int64_t count,
+              float* y, int64_t y_stride) {
+  std::vector<int32_t> every(static_cast<size_t>(last - first));
+  std::iota(every.begin(), every.end(), static_cast<int32_t>(first));
+  for (int64_t v = 0; v < count; ++v) {
+    sum_listed(w, every.data(), coefficient + v * stride, last - first, last - first, y + v * y_stride);
+  }
+}
+
 void decode_row(const Matrix& w, int64_t row, float* out) {
   if (!is_blocked(w.type)) {
     const std::byte* values = w.values + row * w.row_bytes;
@@ -253,10 +280,13 @@ const Kernels kGenericKernels = {
     .packed_bytes = packed_bytes,
     .layout = layout,
     .pack = pack,
+    .largest_scales = largest_scales,
     .quantize = quantize,
     .dot = dot,
     .dot_listed = dot_listed,
     .axpy_listed = axpy_listed,
+    .sum_listed = sum_listed,
+    .sum_rows = sum_rows,
     .decode_row = decode_row,
     .positive = positive,
     .to_f16 = to_f16,

@@ -25,6 +25,7 @@ struct Matrix {
   int64_t cols = 0;
   const std::byte* values = nullptr;  // row r begins at values + r * row_bytes
   int64_t row_bytes = 0;              // what reading a row costs
+  const float* largest = nullptr;     // [rows], largest |scale| of a row's blocks; null where nobody sums its rows
 };
 
 // Vectors [count, cols] (the activations), prepared once for all matrices that multiply them. `q` is null where
@@ -52,6 +53,9 @@ struct Kernels {
   Matrix (*layout)(WeightType type, int64_t rows, int64_t cols, const std::byte* storage);
   void (*pack)(const Matrix& into, std::byte* storage, int64_t first, int64_t last, const std::byte* source);
 
+  // out[r] = largest |scale| of the blocks of row r for r in [first, last), of a packed blocked matrix.
+  void (*largest_scales)(const Matrix& w, int64_t first, int64_t last, float* out);
+
   // x [n] to q [n], scale [n / 32], sum [n / 32]; n is a multiple of 32. One call prepares one whole vector: the order
   // of q depends on n. A block that holds a NaN or an infinity gets a NaN scale, so that it shows in every product.
   void (*quantize)(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sum);
@@ -64,6 +68,16 @@ struct Kernels {
 
   // y[c] += coefficient[i] * w[rows[i], c] for i = 0 .. n - 1 in that order, in fp32; y [cols].
   void (*axpy_listed)(const Matrix& w, const int32_t* rows, const float* coefficient, int64_t n, float* y);
+
+  // The same in integers, for blocked types with w.largest: coefficients times scales keep some 15 bits of the largest
+  // of them (sums.h). n <= most, which the bits depend on, but not on the order of the rows, nor on rows whose
+  // coefficient is zero.
+  void (*sum_listed)(const Matrix& w, const int32_t* rows, const float* coefficient, int64_t n, int64_t most, float* y);
+
+  // y[v * y_stride + c] += coefficient[v * stride + r - first] * w[r, c] for v < count, over rows [first, last): for
+  // each v the bits of sum_listed with all these rows and most = last - first.
+  void (*sum_rows)(const Matrix& w, int64_t first, int64_t last, const float* coefficient, int64_t stride,
+                   int64_t count, float* y, int64_t y_stride);
 
   // One row of w as fp32, exactly what its type says: out [cols] (the embedding look-up).
   void (*decode_row)(const Matrix& w, int64_t row, float* out);

@@ -16,6 +16,8 @@ struct Neon {
   static constexpr int kLanes = 4;
   static constexpr int kWideRows = 4;  // rows and int8 vectors of a tile whose sums stay in 32 registers
   static constexpr int kVectors = 4;
+  static constexpr int kListRows = 8;    // that are read side by side
+  static constexpr int kSumVectors = 4;  // of a sum over all rows, in one go
   static constexpr int64_t kQ8Bias = 0;  // dot_bytes takes the 128 off before it multiplies
   static constexpr int64_t kQ4Bias = kQ4Offset;
   using F = float32x4_t;
@@ -99,6 +101,33 @@ struct Neon {
   }
   static F to_float(I x) { return vcvtq_f32_s32(x); }
   static I no_sum() { return vdupq_n_s32(0); }
+  template <int kCount>
+  static void store_ints(int32_t* p, I x) {
+    static_assert(kCount == 4);
+    vst1q_s32(p, x);
+  }
+  static I add_ints(I a, I b) { return vaddq_s32(a, b); }
+
+  // Dwords as pairs of int16: the sum of both products, the low and the high words of a and b side by side, and bits
+  // of each word.
+  static I dot_words(I sum, I a, I b) {
+    const int16x8_t x = vreinterpretq_s16_s32(a), y = vreinterpretq_s16_s32(b);
+    return vaddq_s32(sum, vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)));
+  }
+  static I ones() { return vreinterpretq_s32_s16(vdupq_n_s16(1)); }
+  static I pair_low(I a, I b) {
+    return vreinterpretq_s32_s16(vtrn1q_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b)));
+  }
+  static I pair_high(I a, I b) {
+    return vreinterpretq_s32_s16(vtrn2q_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b)));
+  }
+  template <int kShift, int kMask>
+  static I words(I x) {
+    uint16x8_t shifted = vreinterpretq_u16_s32(x);
+    if constexpr (kShift > 0) shifted = vshrq_n_u16(shifted, kShift);
+    return vreinterpretq_s32_u16(vandq_u16(shifted, vdupq_n_u16(kMask)));
+  }
+  static I to_int(F x) { return vcvtnq_s32_f32(x); }  // to nearest even
 
   static I shifted_negative(I x, int bits) { return vnegq_s32(vshlq_s32(x, vdupq_n_s32(bits))); }
   // The first kCount numbers; the rest is zero.
@@ -173,7 +202,7 @@ struct Neon {
     return count;
   }
 
-  static void prefetch(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
+  static void prefetch(const std::byte* p) { __builtin_prefetch(p, 0, 3); }
 
  private:
   static F widen_f16(uint16x4_t x) { return vcvt_f32_f16(vreinterpret_f16_u16(x)); }

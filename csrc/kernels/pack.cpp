@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "pack.h"
 
+#include <algorithm>
+#include <bit>
 #include <cstring>
+#include <limits>
 
 namespace turbosparse {
 namespace {
@@ -14,20 +17,32 @@ constexpr int64_t row_bytes(WeightType type, int64_t cols) {
 }
 
 // ggml's block: a float16 scale, then the quants.
-void pack_row(WeightType type, int64_t blocks, const std::byte* source, std::byte* row) {
-  const int64_t bytes = block_bytes(type);
-  const std::byte flip = type == WeightType::q8_0 ? std::byte{0x80} : std::byte{0};  // adds 128 to a signed byte
+template <WeightType kType>
+void pack_row(int64_t blocks, const std::byte* source, std::byte* row) {
+  constexpr int64_t kBytes = block_bytes(kType);
+  constexpr uint32_t kFlip = kType == WeightType::q8_0 ? 0x80808080 : 0;  // adds 128 to each of four signed bytes
   for (int64_t begin = 0; begin < blocks;) {
     const int64_t group = group_size(blocks - begin);
-    std::byte* scales = row + begin * scaled_block_bytes(type);
+    std::byte* scales = row + begin * scaled_block_bytes(kType);
     std::byte* out = scales + group * kScaleBytes;
     for (int64_t b = 0; b < group; ++b) {
-      const std::byte* block = source + (begin + b) * scaled_block_bytes(type);
+      const std::byte* block = source + (begin + b) * scaled_block_bytes(kType);
       std::memcpy(scales + b * kScaleBytes, block, kScaleBytes);
-      for (int64_t i = 0; i < bytes; ++i) out[byte_in_group(group, b, i)] = block[kScaleBytes + i] ^ flip;
+      for (int64_t i = 0; i < kBytes; i += 4) {
+        uint32_t dword;
+        std::memcpy(&dword, block + kScaleBytes + i, 4);
+        dword ^= kFlip;
+        std::memcpy(out + byte_in_group(group, b, i), &dword, 4);
+      }
     }
     begin += group;
   }
+}
+
+// Magnitudes of float16 are ordered as their bits are.
+float f16_magnitude(uint16_t bits) {
+  if (bits >= 0x7c00u) return std::numeric_limits<float>::infinity();  // or a NaN
+  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 13) * 0x1p112f;
 }
 
 }  // namespace
@@ -44,10 +59,29 @@ void pack(const Matrix& into, std::byte* storage, int64_t first, int64_t last, c
     std::memcpy(row, source, static_cast<size_t>((last - first) * into.row_bytes));
     return;
   }
+  const auto pack_row_of = into.type == WeightType::q4_0 ? pack_row<WeightType::q4_0> : pack_row<WeightType::q8_0>;
   for (int64_t r = first; r < last; ++r) {
-    pack_row(into.type, into.cols / kBlock, source, row);
+    pack_row_of(into.cols / kBlock, source, row);
     source += into.row_bytes;  // ggml's blocks hold their scales: as many bytes
     row += into.row_bytes;
+  }
+}
+
+void largest_scales(const Matrix& w, int64_t first, int64_t last, float* out) {
+  const int64_t blocks = w.cols / kBlock;
+  for (int64_t r = first; r < last; ++r) {
+    uint16_t largest = 0;
+    for (int64_t begin = 0; begin < blocks;) {
+      const int64_t group = group_size(blocks - begin);
+      const std::byte* scales = w.values + r * w.row_bytes + begin * scaled_block_bytes(w.type);
+      for (int64_t b = 0; b < group; ++b) {
+        uint16_t half;
+        std::memcpy(&half, scales + b * kScaleBytes, kScaleBytes);
+        largest = std::max<uint16_t>(largest, half & 0x7fffu);
+      }
+      begin += group;
+    }
+    out[r] = f16_magnitude(largest);
   }
 }
 

@@ -43,8 +43,8 @@ struct NoFetch {
   void operator()(int64_t) const {}
 };
 
-// Rows of a list it does not foresee. These are fetched while others are in work, into the second-level cache, which
-// waits for more lines at a time than the first, and row by row: the rows in work are read side by side.
+// Rows of a list it does not foresee. These are fetched while others are in work, and row by row: the rows in work, of
+// which S::kListRows are read side by side, the more the better until the registers are full.
 template <class S, int R>
 class FetchRows {
  public:
@@ -77,14 +77,16 @@ class Lookahead {
     }
   }
 
-  // Those for while the R rows from place i on are in work; at the end of the list these themselves.
+  // Those for while the R rows from place i on are in work; at the end of the list its last row again.
   template <int R>
   FetchRows<S, R> after(int64_t i) const {
-    return {Rows<R>(w_, rows_ + (i + kDistance + R <= n_ ? i + kDistance : i)), bytes_};
+    int32_t list[R];
+    for (int r = 0; r < R; ++r) list[r] = rows_[i + kDistance + r < n_ ? i + kDistance + r : n_ - 1];
+    return {Rows<R>(w_, list), bytes_};
   }
 
  private:
-  static constexpr int64_t kDistance = 2 * kTallRows;  // covers the memory's latency
+  static constexpr int64_t kDistance = 8;  // covers the memory's latency
 
   Matrix w_;
   const int32_t* rows_;
@@ -164,16 +166,21 @@ static void dot_range(const Matrix& w, int64_t first, int64_t last, const Vector
   }
 }
 
+// Listed rows from place i on, R at a time and then fewer.
+template <class S, class Tile, int R>
+static void dot_list_rows(const Matrix& w, const int32_t* rows, int64_t i, int64_t n, const Lookahead<S>& ahead,
+                          const typename Tile::template Input<1>& input, float* out) {
+  for (; i + R <= n; i += R) {
+    Tile::template run<R, 1>(w, Rows<R>(w, rows + i), ahead.template after<R>(i), input, out + i, 0);
+  }
+  if constexpr (R > 1) dot_list_rows<S, Tile, (R > 4 ? 4 : 1)>(w, rows, i, n, ahead, input, out);
+}
+
 template <class S, class Tile>
 static void dot_list(const Matrix& w, const int32_t* rows, int64_t n, const Vectors& x, int64_t v, float* out) {
+  if (n == 0) return;
   const typename Tile::template Input<1> input(w, x, v);
-  const Lookahead<S> ahead(w, rows, n, 0, w.row_bytes);
-  int64_t i = 0;
-  for (; i + kTallRows <= n; i += kTallRows) {
-    const Rows<kTallRows> now(w, rows + i);
-    Tile::template run<kTallRows, 1>(w, now, ahead.template after<kTallRows>(i), input, out + i, 0);
-  }
-  for (; i < n; ++i) Tile::template run<1, 1>(w, Rows<1>(w, rows + i), NoFetch{}, input, out + i, 0);
+  dot_list_rows<S, Tile, S::kListRows>(w, rows, 0, n, Lookahead<S>(w, rows, n, 0, w.row_bytes), input, out);
 }
 
 }  // namespace turbosparse

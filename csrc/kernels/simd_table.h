@@ -5,6 +5,7 @@
 #include "simd_blocks.h"
 #include "simd_math.h"
 #include "simd_plain.h"
+#include "simd_sums.h"
 
 namespace turbosparse {
 
@@ -61,6 +62,19 @@ struct Table {
     });
   }
 
+  static void sum_listed(const Matrix& w, const int32_t* rows, const float* coefficient, int64_t n, int64_t most,
+                         float* y) {
+    if (w.type == WeightType::q4_0) return block_sum_listed<S, WeightType::q4_0>(w, rows, coefficient, n, most, y);
+    block_sum_listed<S, WeightType::q8_0>(w, rows, coefficient, n, most, y);
+  }
+
+  static void sum_rows(const Matrix& w, int64_t first, int64_t last, const float* coefficient, int64_t stride,
+                       int64_t count, float* y, int64_t y_stride) {
+    const auto call =
+        w.type == WeightType::q4_0 ? block_sum_rows<S, WeightType::q4_0> : block_sum_rows<S, WeightType::q8_0>;
+    call(w, first, last, coefficient, stride, count, y, y_stride);
+  }
+
   static void decode_row(const Matrix& w, int64_t row, float* out) {
     with_type(w.type, [&]<WeightType kType>() {
       if constexpr (is_blocked(kType)) {
@@ -79,10 +93,13 @@ static constexpr Kernels simd_table() {
       .packed_bytes = packed_bytes,
       .layout = layout,
       .pack = pack,
+      .largest_scales = largest_scales,
       .quantize = quantize<S>,
       .dot = Table<S>::dot,
       .dot_listed = Table<S>::dot_listed,
       .axpy_listed = Table<S>::axpy_listed,
+      .sum_listed = Table<S>::sum_listed,
+      .sum_rows = Table<S>::sum_rows,
       .decode_row = Table<S>::decode_row,
       .positive = positive<S>,
       .to_f16 = to_f16<S>,

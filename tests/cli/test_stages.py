@@ -52,6 +52,18 @@ def test_help_is_quick_to_import_and_lists_every_stage():
     assert turbosparse.__version__ in turbo("--version").stdout
 
 
+def test_a_run_imports_nothing_that_it_can_do_without(sparse):
+    heavy = ("torch", "transformers", "huggingface_hub", "jinja2", "rich.progress", "wrapt", "zstandard")
+    script = (
+        f"import atexit, sys; heavy = {heavy};"
+        "atexit.register(lambda: print([m for m in heavy if m in sys.modules], file=sys.stderr));"
+        "from turbosparse.cli import main; main()"
+    )
+    command = [sys.executable, "-c", script, "run", str(sparse), "-p", "The fox", "-n", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
 def test_info(sparse):
     record = turbo_json("info", sparse)
     assert record["architecture"] == "turbosparse" and record["activation"] == "drelu" and record["quant"] == "q8_0"

@@ -200,6 +200,69 @@ def test_a_coefficient_of_zero_changes_nothing(isa, type, rows, cols):
     same_bits(dense, sparse)
 
 
+BLOCKED_SHAPES = [shape for shape in SHAPES if shape[0] in reference.BLOCKED]
+blocked_shape = pytest.mark.parametrize(("type", "rows", "cols"), BLOCKED_SHAPES)
+
+
+@isa
+@blocked_shape
+def test_sum_in_integers(isa, type, rows, cols):
+    """Against float64, with the bound of rounded levels; and every instruction set has the bits of the generic one."""
+    rng, weights, packed = case(isa, type, rows, cols)
+    _, _, generic = case("generic", type, rows, cols)
+    for chosen in lists(rng, rows):
+        coefficient, y = normal(rng, len(chosen)), normal(rng, cols)
+        expected, bound = reference.level_sum(weights, chosen, coefficient, rows, y)
+        out, same = y.copy(), y.copy()
+        packed.sum_listed(chosen, coefficient, rows, out)
+        generic.sum_listed(chosen, coefficient, rows, same)
+        assert (np.abs(out - expected) <= bound).all()
+        same_bits(out, same)
+
+
+@isa
+@blocked_shape
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
+def test_sums_for_several_vectors_are_those_of_lists_without_the_zeros(isa, type, rows, cols, count):
+    rng, _, packed = case(isa, type, rows, cols)
+    first, last = rows // 3, rows
+    coefficient = normal(rng, count, last - first)
+    coefficient[rng.random(coefficient.shape) < 0.6] = 0
+    coefficient[0] = 0  # nothing fires
+    together = packed.sum_rows(first, last, coefficient)
+    for v in range(count):
+        firing = np.flatnonzero(coefficient[v]).astype(np.int32)
+        alone = np.zeros(cols, np.float32)
+        packed.sum_listed(firing + np.int32(first), coefficient[v][firing], last - first, alone)
+        same_bits(together[v], alone)
+
+
+@isa
+@blocked
+@pytest.mark.parametrize("rows", [3, 257, 8192])
+def test_sums_of_the_largest_quants_stay_within_their_integers(isa, type, rows):
+    quants = np.full((rows, 32), -128 if type == "q8_0" else 0, np.int8).view(np.uint8)
+    quants = quants if type == "q8_0" else quants[:, :16]
+    raw = np.concatenate([np.full((rows, 1), 0.5, np.float16).view(np.uint8), quants], axis=1)
+    packed = kernels.Matrix(isa, int(reference.TYPES[type]), rows, 32, np.ascontiguousarray(raw).reshape(-1))
+    value = -(128 if type == "q8_0" else 8) * 0.5 * rows
+    out = packed.sum_rows(0, rows, np.ones((1, rows), np.float32))
+    np.testing.assert_allclose(out, np.full((1, 32), value), rtol=1e-3)
+
+
+@isa
+@blocked
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_poisoned_coefficient_shows_in_its_sum_alone(isa, type, poison):
+    rng, _, packed = case(isa, type, 7, 96)
+    coefficient = normal(rng, 3, 7)
+    clean = packed.sum_rows(0, 7, coefficient)
+    coefficient[1, 4] = poison
+    poisoned = packed.sum_rows(0, 7, coefficient)
+    assert not np.isfinite(poisoned[1]).any()
+    same_bits(poisoned[[0, 2]], clean[[0, 2]])
+
+
 @isa
 @pytest.mark.parametrize("cols", (*BLOCKED_COLS, 1024, 992))
 def test_quantize(isa, cols):

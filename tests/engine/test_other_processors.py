@@ -18,7 +18,7 @@ FLAGS = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"
 )
 def test_neon_agrees_with_generic(tmp_path):
     """Compile NEON for ARM and compare it with the generic kernels at odd sizes."""
-    sources = [ROOT / "csrc/kernels" / f"{name}.cpp" for name in ("neon", "generic", "pack", "dispatch")]
+    sources = [ROOT / "csrc/kernels" / f"{name}.cpp" for name in ("neon", "generic", "pack", "sums", "dispatch")]
     program = tmp_path / "kernels_agree"
     inputs = (*sources, ROOT / "tests/native/kernels_agree.cpp")
     command = (COMPILER, *FLAGS, "-march=armv8.2-a+dotprod", *inputs, "-static", "-o", program)

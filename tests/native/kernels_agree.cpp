@@ -48,6 +48,7 @@ std::vector<std::byte> random_rows(WeightType type, int64_t rows, int64_t cols) 
 
 struct Packed {
   std::vector<std::byte> storage;
+  std::vector<float> largest;
   Matrix view;
 
   Packed(const Kernels& k, WeightType type, int64_t rows, int64_t cols, const std::vector<std::byte>& source)
@@ -56,6 +57,10 @@ struct Packed {
     std::byte* aligned = storage.data() + (64 - start % 64) % 64;
     view = k.layout(type, rows, cols, aligned);
     k.pack(view, aligned, 0, rows, source.data());
+    if (type != WeightType::q4_0 && type != WeightType::q8_0) return;
+    largest.resize(rows);
+    k.largest_scales(view, 0, rows, largest.data());
+    view.largest = largest.data();
   }
 };
 
@@ -127,6 +132,16 @@ void compare(const Kernels& k, const Kernels& g, WeightType type, int64_t rows, 
   k.axpy_listed(ours.view, every.data(), coefficient.data(), rows, y.data());
   g.axpy_listed(theirs.view, every.data(), coefficient.data(), rows, z.data());
   expect_near("axpy_listed", y, z, 1e-5);
+  if (ours.view.largest) {
+    const auto coefficients = normal(count * rows);
+    std::vector<float> sums(count * cols), expected(count * cols), listed(cols);
+    k.sum_rows(ours.view, 0, rows, coefficients.data(), rows, count, sums.data(), cols);
+    g.sum_rows(theirs.view, 0, rows, coefficients.data(), rows, count, expected.data(), cols);
+    expect_near("sum_rows", sums, expected, 0);
+    k.sum_listed(ours.view, every.data(), coefficients.data(), rows, rows, listed.data());
+    sums.resize(cols);
+    expect_near("sum_listed", listed, sums, 0);
+  }
   std::vector<float> row(cols), same(cols);
   k.decode_row(ours.view, rows / 2, row.data());
   g.decode_row(theirs.view, rows / 2, same.data());

@@ -153,3 +153,21 @@ def geglu(gate: npt.NDArray[np.float32], up: npt.NDArray[np.float32]) -> npt.NDA
 def _gamma(n: int) -> float:
     unit = 2.0**-24
     return n * unit / (1 - n * unit)
+
+
+def level_sum(
+    w: Weights, rows: npt.NDArray[np.int32], coefficient: npt.NDArray[np.float32], most: int, y: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """y + sum of coefficient * row [cols] with coefficients as integers (csrc/kernels/sums.h), and an error bound.
+
+    A level is rounded to half a step of the largest coefficient times scale; float32 makes a few roundings more.
+    """
+    exact = y + coefficient.astype(np.float64) @ w.values[rows].astype(np.float64)
+    if not len(rows):
+        return exact, np.zeros_like(exact)
+    products = np.abs(coefficient[:, None] * w.scales[rows])
+    largest_quant = {"q4_0": 8, "q8_0": 128}[w.type]
+    step = products.max() / min(32767, (7 << 28) // (most * largest_quant))
+    magnitude = np.abs(coefficient).astype(np.float64) @ np.abs(w.values[rows]).astype(np.float64)
+    half_steps = 0.5 * step * np.abs(w.quants[rows]).sum(axis=0)
+    return exact, half_steps * 1.01 + 1e-6 * (magnitude + np.abs(y))

@@ -4,6 +4,7 @@ Importing this package loads typer and nothing heavy; every stage imports what i
 `turbosparse --help` answers at once and a run-time command never loads torch.
 """
 
+import gc
 import io
 import sys
 
@@ -15,6 +16,7 @@ def main() -> None:
 
     Exit codes: 0 done, 2 a mistake in the input or the options, 130 stopped with Ctrl-C; a traceback is a bug.
     """
+    gc.set_threshold(50_000)  # the default looks for garbage hundreds of times while a vocabulary is read
     from turbosparse.cli.app import app
 
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """Reports (done, total) of something that takes a while."""
+_PATIENCE_SECONDS = 0.5
 
 
 def stderr_console() -> Console:
@@ -58,18 +60,36 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def progress(description: str) -> Iterator[Progress]:
-    """A progress bar on stderr while the block runs; silent where stderr is not a terminal."""
+    """A progress bar on stderr while the block runs, once that has taken half a second; silent outside of a terminal.
+
+    What is done sooner needs none, and drawing it takes longer to import than a small model takes to load.
+    """
+    with ExitStack() as stack:
+        shown: Progress | None = None
+        begun = time.monotonic()
+
+        def report(done: int, total: int) -> None:
+            nonlocal shown
+            if shown is None and time.monotonic() - begun > _PATIENCE_SECONDS:
+                shown = stack.enter_context(_bar(description)) if sys.stderr.isatty() else lambda done, total: None
+            if shown is not None:
+                shown(done, total)
+
+        yield report
+
+
+@contextmanager
+def _bar(description: str) -> Iterator[Progress]:
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    console = stderr_console()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:3.0f} %"),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Bars(*columns, console=stderr_console(), transient=True) as bars:
         task = bars.add_task(description, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 

@@ -343,6 +343,7 @@ def _usable_cores() -> int:
 def _load_tensors(file: GGUFFile, model: _native.Model, exact: bool, progress: Progress | None) -> None:
     total = sum(tensor.data.size for tensor in file.tensors.values())
     done = 0
+    model.after_piece(file.release_pages)  # the packed copy is enough: two of a large model may not fit
     for name, tensor in file.tensors.items():
         if len(tensor.shape) == 1:
             model.set_vector(name, dequantize(tensor.data, tensor.type, tensor.shape))
@@ -350,7 +351,6 @@ def _load_tensors(file: GGUFFile, model: _native.Model, exact: bool, progress: P
             rows, columns = matrix.shape
             kind, data = _packable(matrix, exact)
             model.set_matrix(name, expert, int(kind), rows, columns, data)
-            file.release_pages()  # its packed copy is enough: two of a large model may not fit
         done += tensor.data.size
         if progress is not None:
             progress(done, total)
