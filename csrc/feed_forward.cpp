@@ -14,6 +14,9 @@ namespace turbosparse {
 
 namespace {
 
+// Rows of a pass from which on one sum for all of them, which reads weights in columns, beats a sum for each.
+constexpr int64_t kTogether = 5;
+
 // The activation's dead zone: h, or zero where it is smaller than the layer's threshold.
 float above(float h, float threshold) { return std::fabs(h) < threshold ? 0.0f : h; }
 
@@ -238,9 +241,9 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
 }
 
 // Whether the rows of a pass leave their h in the place of their gates, to be summed up in one go: that needs every
-// neuron of every row.
+// neuron of every row, and several rows.
 bool Forward::sums_together(const Pass& pass, const Matrix& down) {
-  return pass.n > 1 && pass.mode == Mode::dense && down.largest != nullptr;
+  return pass.n >= kTogether && pass.mode == Mode::dense && down.largest != nullptr;
 }
 
 // The open gates of a row, of all its neurons (`selected` < 0) or of the selected ones that s.open lists: s.open,

@@ -15,6 +15,7 @@ from turbosparse import _native
 from turbosparse.engine import Engine, SamplingParams
 from turbosparse.errors import UserError
 from turbosparse.model.export import export_gguf
+from turbosparse.model.gguf import GGUFFile
 from turbosparse.model.shapes import shape_config
 from turbosparse.model.synthetic import Rates, write_synthetic
 
@@ -341,3 +342,14 @@ def test_one_token_is_left_to_read_and_a_cache_grows_only_by_reading(tiny_gguf):
     session.truncate(2)
     with pytest.raises(ValueError, match="nothing to sample"):
         session.sample(SamplingParams())
+
+
+def test_the_file_is_released_while_it_is_packed(tiny_gguf, monkeypatch):
+    """Every matrix is a piece at least, so that loading never holds a whole file beside its packed copy."""
+    path = tiny_gguf("llama", "drelu", "q4_0")
+    released = []
+    monkeypatch.setattr(GGUFFile, "release_pages", lambda file: released.append(file.path))
+    Engine.load(path)
+    with GGUFFile.open(path) as file:
+        matrices = sum(len(tensor.shape) > 1 for tensor in file.tensors.values())
+    assert released == [path] * matrices
