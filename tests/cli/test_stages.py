@@ -47,7 +47,19 @@ def test_help_is_quick_to_import_and_lists_every_stage():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=True)
     assert done.stdout.strip() == "[]"
     shown = turbo("--help").stdout
-    for stage in ("convert", "train", "analyze", "export", "info", "run", "chat", "perplexity", "eval", "bench"):
+    for stage in (
+        "convert",
+        "train",
+        "train-predictors",
+        "analyze",
+        "export",
+        "info",
+        "run",
+        "chat",
+        "perplexity",
+        "eval",
+        "bench",
+    ):
         assert stage in shown
     assert turbosparse.__version__ in turbo("--version").stdout
 

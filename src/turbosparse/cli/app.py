@@ -23,6 +23,7 @@ from turbosparse.cli import (
     run,
     synth,
     train,
+    train_predictors,
 )
 from turbosparse.errors import UserError
 
@@ -73,6 +74,20 @@ def _root(
     """Make a language model compute only the neurons that fire."""
 
 
-for stage in (convert, train, analyze, export, info, run, chat, perplexity, eval, bench, synth, publish):
-    app.command(stage.__name__.rpartition(".")[2])(stage.command)
+for stage in (
+    convert,
+    train,
+    train_predictors,
+    analyze,
+    export,
+    info,
+    run,
+    chat,
+    perplexity,
+    eval,
+    bench,
+    synth,
+    publish,
+):
+    app.command(stage.__name__.rpartition(".")[2].replace("_", "-"))(stage.command)
 app.command("demo", hidden=True)(demo.command)

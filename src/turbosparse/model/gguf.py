@@ -111,7 +111,8 @@ class GGUFFile:
         self.file_bytes = len(buffer)
         cursor = _Cursor(path, buffer)
         self.version, n_tensors, n_keys = _read_header(cursor)
-        self.metadata = _read_metadata(cursor, n_keys)
+        self._spans: dict[str, tuple[int, int]] = {}
+        self.metadata = _read_metadata(cursor, n_keys, self._spans)
         self.alignment = _alignment(cursor, self.metadata)
         self.tensors = _read_tensors(cursor, n_tensors, self.alignment)
 
@@ -141,6 +142,11 @@ class GGUFFile:
         except BaseException:
             _close(buffer)
             raise
+
+    def record(self, key: str) -> bytes:
+        """A key with its type and value as the file holds it, to be copied byte for byte."""
+        start, stop = self._spans[key]
+        return self._buffer[start:stop]
 
     def release_pages(self) -> None:
         """Stop holding in memory what was read so far; it is still there, and read anew from the file if needed."""
@@ -262,15 +268,18 @@ def _read_header(cursor: _Cursor) -> tuple[int, int, int]:
     return version, n_tensors, n_keys
 
 
-def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Value]:
+def _read_metadata(cursor: _Cursor, count: int, spans: dict[str, tuple[int, int]]) -> dict[str, Value]:
+    """Key to value; where the record of each key lies goes into `spans`."""
     metadata: dict[str, Value] = {}
     for index in range(count):
+        start = cursor.position
         key = cursor.name(f"key {index}")
         shown = _shown("key", key)
         if key in metadata:
             cursor.fail(f"{shown} appears twice")
         kind = _value_type(cursor, shown)
         metadata[key] = _read_array(cursor, shown) if kind is GGUFValueType.ARRAY else _read_scalar(cursor, kind, shown)
+        spans[key] = (start, cursor.position)
     return metadata
 
 

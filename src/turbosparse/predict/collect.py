@@ -1,0 +1,109 @@
+"""What the FFNs of a model see and do on a text, layer after layer, in bounded memory.
+
+The residual stream of all windows lies in a file and is carried through one layer at a time; that layer's inputs and
+|h| lie in two more, and are overwritten by those of the next. So the memory is that of one layer and a few windows, the
+disk that of one layer's tokens, and the text goes through the model once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from turbosparse.model.config import ModelConfig
+from turbosparse.model.gguf import GGUFFile
+from turbosparse.predict.decoder import Decoder, embed
+from turbosparse.predict.fit import Tokens
+from turbosparse.predict.ranks import explained, whitening
+
+_WINDOWS = 8  # at once
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+class Collector:
+    """Tokens of a model's layers, in order.
+
+    Args:
+        file, config: the model.
+        windows: token ids, all of one length.
+        folder: where the files lie; what is there already from the same windows is gone on with.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        config: ModelConfig,
+        windows: Sequence[list[int]],
+        folder: Path,
+        device: torch.device,
+    ) -> None:
+        self._file, self._config, self._folder, self._device = file, config, folder, device
+        self._windows = windows
+        self._shape = (len(windows), len(windows[0]), config.hidden_size)
+
+    def layer(self, layer: int, progress: Callable[[float], None]) -> Tokens:
+        """Carry the stream through a layer; of the one before it, everything must be done."""
+        count, length, hidden = self._shape
+        if layer == 0:
+            self._embed()
+        source = np.memmap(self._stream(layer), np.float32, "r", shape=self._shape)
+        partial = self._folder / "stream.partial"
+        target = np.memmap(partial, np.float32, "w+", shape=self._shape)
+        x = np.memmap(self._folder / "x.f16", np.float16, "w+", shape=self._shape)
+        mass = np.memmap(self._folder / "mass.f16", np.float16, "w+", shape=(count, length, self._config.ffn_size))
+        decoder = Decoder(self._file, self._config, layer, self._device)
+        with torch.inference_mode():
+            for start in range(0, count, _WINDOWS):
+                part = slice(start, start + _WINDOWS)
+                stream, fired = decoder(torch.from_numpy(source[part].copy()).to(self._device))
+                target[part] = stream.cpu().numpy()
+                x[part] = _half(fired.x)
+                mass[part] = _half(fired.h.abs())
+                progress(min(1.0, (start + _WINDOWS) / count))
+        target.flush()
+        del target
+        os.replace(partial, self._stream(layer + 1))
+        return Tokens(x.reshape(-1, hidden), mass.reshape(-1, self._config.ffn_size))
+
+    def finish(self, layer: int) -> None:
+        """Drop what was needed to do this layer again."""
+        self._stream(layer).unlink(missing_ok=True)
+
+    def _stream(self, layer: int) -> Path:
+        return self._folder / f"stream-{layer}.f32"
+
+    def _embed(self) -> None:
+        stream = np.memmap(self._stream(0), np.float32, "w+", shape=self._shape)
+        for index, window in enumerate(self._windows):
+            stream[index] = embed(self._file, self._config, window).numpy()
+        stream.flush()
+
+
+def firing_spectra(
+    file: GGUFFile,
+    config: ModelConfig,
+    windows: Sequence[list[int]],
+    device: torch.device,
+    progress: Callable[[float], None],
+) -> list[Tensor]:
+    """For each layer, the shares of its firing that linear maps of rank 1, 2, ... add (ranks.explained)."""
+    shares = []
+    with torch.inference_mode():
+        stream = torch.stack([embed(file, config, window) for window in windows]).to(device)
+        for layer in range(config.n_layers):
+            stream, fired = Decoder(file, config, layer, device)(stream)
+            x, fires = fired.x.flatten(0, 1), fired.h.flatten(0, 1) != 0
+            shares.append(explained(x @ whitening(x), fires)[0].cpu())
+            progress((layer + 1) / config.n_layers)
+    return shares
+
+
+def _half(values: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float16]]:
+    half: np.ndarray[tuple[int, ...], np.dtype[np.float16]] = values.clamp(-_LARGEST, _LARGEST).half().cpu().numpy()
+    return half

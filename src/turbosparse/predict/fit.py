@@ -1,0 +1,114 @@
+"""Fit one predictor: which neurons of an FFN are worth computing for an input.
+
+Score s = fc2 relu(fc1 x). Computing a neuron costs the same whatever it gives, and leaving it out loses |h|; so those
+with the largest expected |h| should be selected. The loss of a token and neuron is the cross-entropy weighted by mass,
+
+    m softplus(-s) + c softplus(s),    m = |h| over its mean in the layer,
+
+whose best s is log(E[m | x] / c): it orders neurons by the mass that is expected of them, and one threshold for all
+neurons of a layer selects best. `c` is about the mass at which a neuron stops to be worth it.
+
+The form has no bias (PowerInfer's has none), but inputs have a mean: one row of fc1 starts as the direction that comes
+nearest to 1 on every token, and its column of fc2 as the neurons' own rates. The other rows start in the subspace that
+explains most of the firing (ranks.py) and fc2 at zero. fc1 is trained in whitened coordinates, for inputs of language
+models have a few dimensions that are far larger than the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from turbosparse.predict.ranks import explained, whitening
+
+_BATCH = 512
+_STEPS_AT_LEAST = 100
+_RATE = 1e-2
+_COST = 0.1
+_LARGEST_MASS = 30.0  # a few activations are hundreds of times the mean: they would be all that a batch learns from
+_BIAS = 8.0  # the constant unit is this large, so that its column of fc2 is not much larger than the others
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of one layer: x, float16 [tokens, hidden], its input, and mass, float16 [tokens, ffn], its |h|."""
+
+    x: npt.NDArray[np.float16]
+    mass: npt.NDArray[np.float16]
+
+    def batch(self, chosen: npt.NDArray[np.int64] | slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Some of them in float32."""
+        x, mass = (torch.from_numpy(array[chosen]).to(device).float() for array in (self.x, self.mass))
+        return x, mass
+
+
+def fit(
+    tokens: Tokens,
+    rank: int,
+    kind: Type,
+    epochs: float,
+    seed: int,
+    device: torch.device,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """fc1 [rank, hidden] and fc2 [ffn, rank], float32, to be stored as `kind`, which the second half trains for."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    count = len(tokens.x)
+    sample = tokens.batch(np.sort(rng.permutation(count)[: 16 * 1024]), device)
+    scale = 1.0 / sample[1].mean().clamp_min(1e-12)
+    white = whitening(sample[0])
+    rows, columns = _start(sample[0], sample[1] * scale, white, rank)
+    parameters = [rows.requires_grad_(), columns.requires_grad_()]
+    steps = max(_STEPS_AT_LEAST, round(epochs * count / _BATCH))
+    optimizer = torch.optim.Adam(parameters, lr=_RATE, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, steps, pct_start=0.1)
+    for step in range(steps):
+        x, mass = tokens.batch(rng.integers(count, size=min(_BATCH, count)), device)
+        mass = (mass * scale).clamp_max(_LARGEST_MASS)
+        fc1, fc2 = rows @ white.T, columns
+        if 2 * step >= steps:
+            fc1, fc2 = rounded(fc1, kind), rounded(fc2, kind)
+        score = torch.relu(x @ fc1.T) @ fc2.T
+        # The gradient of the loss above; the loss itself is never needed.
+        gradient = (mass + _COST) * torch.sigmoid(score.detach()) - mass
+        optimizer.zero_grad()
+        score.backward(gradient / len(x))
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress((step + 1) / steps)
+    with torch.no_grad():
+        return rows @ white.T, columns.detach()
+
+
+def _start(x: Tensor, mass: Tensor, white: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """fc1 in whitened coordinates, [rank, hidden], and fc2, [ffn, rank], before training."""
+    z = x @ white
+    _, directions = explained(z, mass > 0)
+    wide = directions[:, : min(2 * rank, directions.shape[1])]
+    rows = (torch.randn(rank, wide.shape[1], device=x.device) / wide.shape[1] ** 0.5) @ wide.T
+    rows[0] = _BIAS * z.mean(0) / z.mean(0).square().sum().clamp_min(1e-6)
+    columns = torch.zeros(mass.shape[1], rank, device=x.device)
+    columns[:, 0] = (mass.mean(0) / _COST).clamp(1e-4).log() / _BIAS
+    return rows, columns
+
+
+def rounded(matrix: Tensor, kind: Type) -> Tensor:
+    """The matrix as `kind` would store it, about; gradients pass as if it were not rounded."""
+    if kind not in (Type.Q4_0, Type.Q8_0):
+        return matrix
+    with torch.no_grad():
+        blocks = matrix.unflatten(-1, (-1, 32))
+        extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+        step = extreme / (-8 if kind is Type.Q4_0 else 127)
+        step = torch.where(step == 0, 1.0, step)
+        low, high = (-8, 7) if kind is Type.Q4_0 else (-127, 127)
+        stored = ((blocks / step).round().clamp(low, high) * step).flatten(-2)
+    return matrix + (stored - matrix).detach()
