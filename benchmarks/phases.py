@@ -29,6 +29,7 @@ from turbosparse.model.synthetic_rows import Rows, random_rows
 
 PASSES = 7
 COLD_BYTES = 400 << 20
+RESIDENT_PASSES = 50  # at once, so that starting the threads does not count
 NEURON_BLOCKS = 16  # of the engine's down projection
 
 
@@ -75,10 +76,9 @@ def measure(
     """
     rng = np.random.default_rng(0)
     raw = random_rows(rng, (phase.rows, phase.cols), kind, Rows(1.0)).reshape(-1)
-    matrices = [
-        kernels.Matrix(isa, int(kind), phase.rows, phase.cols, raw)
-        for _ in range(1 if resident else max(1, COLD_BYTES // raw.size))
-    ]
+    copies = 1 if resident else max(1, COLD_BYTES // raw.size)
+    matrices = [kernels.Matrix(isa, int(kind), phase.rows, phase.cols, raw) for _ in range(copies)]
+    matrices *= RESIDENT_PASSES if resident else 1
     x = kernels.Vectors(isa, rng.standard_normal((1, phase.cols)).astype(np.float32), int8=True)
     listed = np.flatnonzero(rng.random(phase.rows) < phase.share).astype(np.int32)
     pieces = np.array_split(listed, NEURON_BLOCKS if phase.sums else threads)

@@ -184,23 +184,23 @@ def test_a_folder_is_stored_as_q4_0_first(tiny_folder, text, tmp_path):
 
 
 MISTAKES = {
-    "dense": (["--rank", "32"], "dense"),
-    "rank": (["--rank", "33"], "--rank 33"),
-    "share": (["--share", "0.01"], "--share 0.01"),
-    "recall": (["--recall", "2"], "--recall 2"),
-    "tokens": (["--tokens", "999"], "--tokens"),
-    "out": (["--out", "/no/such/folder/x.gguf"], "--out"),
+    "dense": ({"rank": 32}, "is a dense swiglu model"),
+    "rank": ({"rank": 33}, "--rank 33"),
+    "share": ({"share": 0.01}, "--share 0.01"),
+    "recall": ({"recall": 2}, "--recall 2"),
+    "tokens": ({"tokens": 999}, "--tokens"),
+    "out": ({}, "--out"),
 }
 
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_are_one_sentence(case, tiny_gguf, text, tmp_path):
-    options, named = MISTAKES[case]
+    wish, named = MISTAKES[case]
     model = tiny_gguf("llama", "dense" if case == "dense" else "drelu", "q8_0")
-    command = [sys.executable, "-m", "turbosparse", "train-predictors", model, "--data", text, *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=60)
-    assert done.returncode == 2, done.stderr
-    assert named in done.stderr and done.stderr.count("\n") == 1
+    out = tmp_path / "absent" / "x.gguf" if case == "out" else tmp_path / "x.gguf"
+    with pytest.raises(UserError, match=named) as caught:
+        train_predictors(model, text, out, Wish(**wish))
+    assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*.gguf"))
 
 
