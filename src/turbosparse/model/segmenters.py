@@ -5,6 +5,7 @@ Both are lazy, because a program that runs a short prompt should not wait for a 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Set
 from functools import cached_property
 from threading import Lock
@@ -41,7 +42,7 @@ class Segmenter(Protocol):
     def encode(self, text: str, parse_special: bool) -> list[int]: ...
 
 
-class _Lazy:
+class _Lazy(ABC):
     """What both kinds share: which model cuts a text.
 
     A model is built for each text from the tokens that occur in it, until that has cost about what the whole model
@@ -69,17 +70,17 @@ class _Lazy:
             return _encode(self.pipeline if occurring is None else self._build(occurring), text, parse_special)
 
     @property
+    @abstractmethod
     def _known(self) -> Set[str]:
         """The tokens that merging can reach in some text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _occurring(self, text: str) -> Set[str] | None:
         """Those that it can reach in this text; None where that cannot be told."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _build(self, tokens: Set[str]) -> Pipeline:
         """A tokenizer whose merges reach these tokens."""
-        raise NotImplementedError
 
     @cached_property
     def _longest(self) -> int:

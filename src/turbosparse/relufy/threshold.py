@@ -1,8 +1,8 @@
 """Give every sparse FFN an activation threshold: the dead zone below which its h becomes zero.
 
-Most of the neurons that fire hardly matter: on a trained dReLU model, dropping every h below 0.3 times its layer's root
-mean square made five active neurons of fourteen vanish for 0.01 nats. What training does not spend on keeping small
-activations alive or on pushing them below zero, it can spend on the text.
+Many of the neurons that fire hardly matter: on a trained dReLU model, dropping every h below 0.3 times its layer's root
+mean square silenced four active neurons of fourteen for 0.011 nats (docs/experiments.md, 2026-11-24). What training
+does not spend on keeping small activations alive or on pushing them below zero, it can spend on the text.
 
 Shapes: B windows, T tokens, F neurons of one FFN.
 """
@@ -42,6 +42,8 @@ def set_thresholds(model: Any, share: float, batches: Iterable[Tensor], dtype: t
         share: 0.3 is a good start; more gives more zeros and costs more.
         batches: int64 [B, T] token ids; some ten thousand tokens are enough.
         dtype: of the residual stream, as in last_hidden.
+
+    A layer whose h is zero on all of them gets the threshold 0.
     """
     taps = []
     for mlp in ffns(model):
