@@ -19,9 +19,12 @@ def command(
 ) -> None:
     """Train a converted model back to full quality, as a recipe says."""
     with extra("train"):
+        from turbosparse.relufy.processes import this_process
         from turbosparse.relufy.trainer import train_from_recipe
 
     result = train_from_recipe(recipe, resume=resume)
+    if not this_process().is_main_process:
+        return
     if json:
         output.emit(result)
     else:

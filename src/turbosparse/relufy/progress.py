@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather, reduce
 from torch import Tensor
 
+from turbosparse.relufy.processes import this_process
 from turbosparse.relufy.recipes import Stage
 
 
 class ProgressLog:
-    """Collects metrics on the device, without waiting for it, and writes their means when the Trainer logs."""
+    """Collects metrics on the device, without waiting for it, and writes their means when the Trainer logs.
+
+    Of several processes, which all have to call it, the first one writes, for all of them.
+    """
 
     def __init__(self, path: Path, stage: Stage, max_steps: int, context: int) -> None:
         self._path, self._stage, self._max_steps = path, stage, max_steps
@@ -33,14 +38,15 @@ class ProgressLog:
         if not pending:
             return {}
         scalars = [key for key, value in pending[-1].items() if value.ndim == 0]
-        means = {key: torch.stack([metrics[key] for metrics in pending]).float().mean().item() for key in scalars}
+        mine = torch.stack([torch.stack([metrics[key] for metrics in pending]).float().mean() for key in scalars])
+        means = dict(zip(scalars, reduce(mine, "mean").tolist(), strict=True))
         if "window_ce" in pending[-1]:
-            window_ce = torch.cat([metrics["window_ce"] for metrics in pending])
-            domain = torch.cat([metrics["domain"] for metrics in pending])
+            window_ce = gather(torch.cat([metrics["window_ce"] for metrics in pending]))
+            domain = gather(torch.cat([metrics["domain"] for metrics in pending]))
             for index, name in enumerate(domains):
-                mine = window_ce[domain == index]
-                if mine.numel():
-                    means[f"ce_{name}"] = mine.mean().item()
+                windows = window_ce[domain == index]
+                if windows.numel():
+                    means[f"ce_{name}"] = windows.mean().item()
         return means
 
     def write(self, step: int, logs: Mapping[str, float], domains: list[str]) -> None:
@@ -52,18 +58,21 @@ class ProgressLog:
         record |= self._means(domains)
         if last_step is not None and now > then:
             record["tokens_per_second"] = (step - last_step) * self._tokens_per_step / (now - then)
-        self._append(record)
-        self._show(record)
+        if this_process().is_main_process:
+            self._append(record)
+            self._show(record)
 
     def write_validation(
         self, step: int, results: Mapping[str, Mapping[str, float]], mean: Mapping[str, float]
     ) -> None:
         """One validation: every domain's loss and sparsity, and their means."""
+        self._last = (time.monotonic(), step)
+        if not this_process().is_main_process:
+            return
         self._append({"step": step, "tokens": step * self._tokens_per_step, "validation": results, "mean": mean})
         losses = "  ".join(f"{domain} {result['ce']:.4f}" for domain, result in results.items())
         zeros = f"  zeros {mean['sparsity_h']:.2%}" if "sparsity_h" in mean else ""
         print(f"{self._stage.name} {step:6d}  validation  {losses}  mean {mean['ce']:.4f}{zeros}", file=sys.stderr)
-        self._last = (time.monotonic(), step)
 
     def _append(self, record: Mapping[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as out:

@@ -28,6 +28,7 @@ from turbosparse.relufy.align import align_signs
 from turbosparse.relufy.data import Mixture, build_mixture, check_sources, validation_windows
 from turbosparse.relufy.objective import Layerwise, NextToken, Objective, ffns
 from turbosparse.relufy.optimizer import make_muon
+from turbosparse.relufy.processes import SharedObjective, any_process, share, this_process
 from turbosparse.relufy.progress import ProgressLog
 from turbosparse.relufy.recipes import Recipe, Stage, load_recipe
 from turbosparse.relufy.schedule import learning_rate_share
@@ -64,6 +65,7 @@ class RecoveryTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.objective, self.stage, self.windows, self.domains = objective, stage, windows, domains
         self.progress_log, self.compute_dtype = progress_log, dtype
+        self._shared_objective = SharedObjective() if self.args.world_size > 1 else None
         self._evaluated: tuple[int, dict[str, float]] | None = None
         self.remove_callback(PrinterCallback)
 
@@ -74,9 +76,12 @@ class RecoveryTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         with torch.autocast(self.args.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
-            loss = self.objective(model, inputs, self._progress())
+            loss = (self._shared_objective or self.objective)(model, inputs, self._progress())
         self.progress_log.add(loss.metrics)
         return loss.total
+
+    def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        return model if self._shared_objective is None else share(model, self.objective, self.args.device)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.stage.optimizer == "muon":
@@ -111,6 +116,7 @@ class RecoveryTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        this_process().wait_for_everyone()  # each writes its own random state
         (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / _COMPLETE).touch()
 
 
@@ -121,7 +127,11 @@ class _TimeLimit(TrainerCallback):
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._deadline is not None and time.monotonic() > self._deadline and state.global_step < state.max_steps:
+        if self._deadline is None or state.global_step == state.max_steps:
+            return
+        if this_process().num_processes > 1 and state.global_step % state.logging_steps:
+            return  # asking the others makes the GPUs wait; where a line is logged they do so anyway
+        if any_process(time.monotonic() > self._deadline, args.device):
             control.should_save = control.should_training_stop = True
 
 
@@ -131,19 +141,19 @@ def _last_checkpoint(folder: Path) -> Path | None:
 
 
 def _arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingArguments:
-    batch_windows = max(1, stage.batch_tokens // recipe.data.context)
-    device_windows = min(stage.device_windows, batch_windows)
-    if batch_windows % device_windows:
+    batch_windows, processes = max(1, stage.batch_tokens // recipe.data.context), this_process().num_processes
+    device_windows = min(stage.device_windows, max(1, batch_windows // processes))
+    if batch_windows % (device_windows * processes):
         raise UserError(
             f"stage {stage.name}: a batch of {batch_windows} windows does not divide into device_windows = "
-            f"{device_windows}; choose a divisor"
+            f"{device_windows} for each of {processes} GPUs; choose a divisor"
         )
     steps = max(1, stage.tokens // (batch_windows * recipe.data.context))
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=device_windows,
-        gradient_accumulation_steps=batch_windows // device_windows,
+        gradient_accumulation_steps=batch_windows // (device_windows * processes),
         learning_rate=stage.learning_rate,
         weight_decay=stage.weight_decay,
         adam_beta1=stage.betas[0],
@@ -212,7 +222,7 @@ def _prepare(
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         if stage.align_signs:
             share = align_signs(model, teacher, probes, dtype)
-            print(f"align signs: {share:.1%} of the neurons turned", file=sys.stderr)
+            this_process().print(f"align signs: {share:.1%} of the neurons turned", file=sys.stderr)
         if stage.sparsity is not None and stage.sparsity.threshold is not None:
             set_thresholds(model, stage.sparsity.threshold, probes, dtype)
 
@@ -236,7 +246,8 @@ def _objective(
 
 
 def _mixture(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, stage_index: int) -> Mixture:
-    windows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.max_steps
+    device_windows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    windows = device_windows * arguments.world_size * arguments.max_steps
     data = recipe.data
     return build_mixture(data.sources, tokenizer, Path(data.cache), data.context, windows, recipe.seed + stage_index)
 
@@ -246,9 +257,10 @@ def _run_stage(
 ) -> dict[str, float] | None:
     """Train one stage from `source` into `folder`; returns its last validation, or None if it stopped early."""
     stage = recipe.stages[index]
-    partial = folder.with_name(folder.name + ".partial")
+    partial, process = folder.with_name(folder.name + ".partial"), this_process()
     checkpoint = _last_checkpoint(partial) if resume else None
-    if checkpoint is None:
+    process.wait_for_everyone()
+    if checkpoint is None and process.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True, exist_ok=True)
 
@@ -257,11 +269,13 @@ def _run_stage(
     dtype = torch.bfloat16 if device.type == "cuda" else None  # fp32 master weights, bf16 matrix products
     model = _load(str(checkpoint or source), torch.float32)  # the checkpoint's config may hold thresholds
     tokenizer = _load_tokenizer(source)
-    mixture = _mixture(recipe, tokenizer, arguments, index)
     cache = Path(recipe.data.cache)
-    windows = {
-        held.domain: validation_windows(held, tokenizer, cache, recipe.data.context) for held in recipe.data.validation
-    }
+    with process.main_process_first():  # the others find the text tokenised
+        mixture = _mixture(recipe, tokenizer, arguments, index)
+        windows = {
+            held.domain: validation_windows(held, tokenizer, cache, recipe.data.context)
+            for held in recipe.data.validation
+        }
     teacher = _teacher(stage, model.to(device), device, dtype)
     if checkpoint is None:
         _prepare(stage, model, teacher, mixture, device, dtype)
@@ -284,18 +298,24 @@ def _run_stage(
     if trainer.state.global_step < arguments.max_steps:
         return None
     metrics = trainer.evaluate()
+    if process.is_main_process:
+        _finish(partial, folder, model, tokenizer, Path(source), metrics)
+    process.wait_for_everyone()
+    return metrics
+
+
+def _finish(partial: Path, folder: Path, model: Any, tokenizer: Any, source: Path, metrics: dict[str, float]) -> None:
+    """Turn the folder of a stage in training into that of a finished one."""
     for leftover in partial.glob("checkpoint-*"):
         shutil.rmtree(leftover)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    carry_licence(Path(source), partial)
+    carry_licence(source, partial)
     (partial / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     os.replace(partial, folder)
-    return metrics
 
 
-def _prepare_output(recipe: Recipe, recipe_path: Path, resume: bool) -> Path:
-    output = Path(recipe.output)
+def _prepare_output(output: Path, recipe_path: Path, resume: bool) -> None:
     kept = output / "recipe.yaml"
     if kept.exists():
         if not resume:
@@ -304,7 +324,6 @@ def _prepare_output(recipe: Recipe, recipe_path: Path, resume: bool) -> Path:
             raise UserError(f"{output}: was made with another recipe than {recipe_path}; choose another `output`")
     output.mkdir(parents=True, exist_ok=True)
     kept.write_bytes(recipe_path.read_bytes())
-    return output
 
 
 def train_from_recipe(path: Path, resume: bool = False, max_seconds: float | None = None) -> dict[str, Any]:
@@ -324,13 +343,16 @@ def train_from_recipe(path: Path, resume: bool = False, max_seconds: float | Non
     """
     recipe = load_recipe(path)
     check_sources(recipe.data)
-    output = _prepare_output(recipe, path, resume)
+    output, process = Path(recipe.output), this_process()
+    if process.is_main_process:
+        _prepare_output(output, path, resume)
     stages: dict[str, Any] = {}
     source = recipe.model
     for index, stage in enumerate(recipe.stages):
         folder = output / f"{index + 1}-{stage.name}"
+        process.wait_for_everyone()
         if not folder.exists():
-            print(f"stage {stage.name}: {source} -> {folder}", file=sys.stderr)
+            process.print(f"stage {stage.name}: {source} -> {folder}", file=sys.stderr)
             with sdpa_kernel(_ATTENTION, set_priority=True):
                 metrics = _run_stage(recipe, index, source, folder, resume, max_seconds)
             if metrics is None:

@@ -1,0 +1,73 @@
+"""Two processes train what one trains: the same batches, gradients averaged, one log, one folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from turbosparse.relufy.trainer import train_from_recipe
+
+_STAGES = [
+    {"name": "recover", "objective": "cross_entropy", "tokens": 768, "device_windows": 1, "save_every": 5}
+    | {"distillation": {"teacher": "dense", "share": 0.5}},
+    {"name": "warm", "objective": "layerwise", "teacher": "dense", "tokens": 512, "align_signs": True}
+    | {"sparsity": {"target_rate": 0.2, "weight": 0.5}},
+]
+
+
+def _recipe(folder: Path, output: str) -> Path:
+    texts = [{"domain": name, "path": f"{name}.jsonl"} for name in "ab"]
+    stages = [{"batch_tokens": 64, "learning_rate": 1e-3, "max_grad_norm": 1e9} | stage for stage in _STAGES]
+    data = {"context": 16, "cache": "cache", "sources": texts, "validation": texts}
+    path = folder / f"{output}.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {"model": "drelu", "output": output, "data": data, "stages": stages, "log_every": 1, "workers": 0}
+        )
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> tuple[Path, Path]:
+    """The output folders of one recipe, trained by one process and by two."""
+    train_from_recipe(_recipe(folder, "alone"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "turbosparse", "train", str(_recipe(folder, "shared"))], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("done: True") == 1  # one process reports
+    return folder / "alone", folder / "shared"
+
+
+def _log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_take_the_steps_of_one(runs):
+    alone, shared = (_log(run / "1-recover") for run in runs)
+    assert [record["tokens"] for record in alone] == [record["tokens"] for record in shared]
+    for one, two in zip(alone, shared, strict=True):
+        for key in {"ce", "ce_a", "ce_b", "mixed_ce", "grad_norm", "sparsity_h"} & one.keys():
+            assert two[key] == pytest.approx(one[key], rel=1e-3), (one["step"], key)
+
+
+def test_two_processes_end_at_the_weights_of_one(runs):
+    alone, shared = (load_file(run / "1-recover" / "model.safetensors") for run in runs)
+    start = load_file(runs[0].parent / "drelu" / "model.safetensors")
+    for name, weight in alone.items():
+        apart, moved = np.linalg.norm(shared[name] - weight), np.linalg.norm(weight - start[name])
+        assert apart < 0.02 * moved, name
+    assert not list((runs[1] / "1-recover").glob("checkpoint-*"))
+
+
+def test_two_processes_learn_layer_by_layer(runs):
+    alone, shared = (_log(run / "2-warm") for run in runs)
+    assert shared[-2]["relative_error"] < shared[0]["relative_error"]
+    assert shared[0]["relative_error"] == pytest.approx(alone[0]["relative_error"], rel=0.05)  # means of other shares
