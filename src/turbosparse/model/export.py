@@ -21,7 +21,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from turbosparse.errors import UserError
 from turbosparse.model.checkpoint import CONFIG, Checkpoint, StoredTensor
-from turbosparse.model.config import ModelConfig, text_config
+from turbosparse.model.config import ModelConfig
+from turbosparse.model.config_hf import text_config
 from turbosparse.model.experts import stored_experts
 from turbosparse.model.export_metadata import architecture_of, check_exportable, write_metadata, write_tokenizer
 from turbosparse.model.families import FAMILIES

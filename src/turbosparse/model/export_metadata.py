@@ -13,12 +13,8 @@ from typing import Any
 from gguf import GGUFValueType, GGUFWriter, LlamaFileType
 
 from turbosparse.errors import UserError
-from turbosparse.model.config import (
-    ModelConfig,
-    Predictor,
-    periodic_windows,
-    runtime_attention_scale,
-)
+from turbosparse.model.config import ModelConfig, Predictor
+from turbosparse.model.config_values import periodic_windows, runtime_attention_scale
 from turbosparse.model.families import ARCHITECTURE, FAMILIES, Family
 from turbosparse.model.provenance import provenance
 
