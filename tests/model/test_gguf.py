@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig
-from turbosparse.model.gguf import GGUFFile, nbytes_of, row_bytes
+from turbosparse.model.gguf import MAGICS, GGUFFile, nbytes_of, row_bytes
 from turbosparse.model.quantize import dequantize, quantize
 
 Kind = GGUFValueType
@@ -216,9 +216,11 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("magic", sorted(MAGICS))
 @pytest.mark.parametrize("case", BAD)
-def test_a_lie_is_one_sentence(path, case):
+def test_a_lie_is_one_sentence(path, case, magic):
     content, named = BAD[case]
+    content = content.replace(b"GGUF", magic, 1)
     message = _refused(path, content)
     assert "\x1b" not in message
     assert re.search(named, message), message
@@ -427,7 +429,8 @@ def test_bytes_cut_out_or_put_in(tiny_gguf, path, data):
     _survives(path, content[:first] + data.draw(st.binary(max_size=40)) + content[second:])
 
 
+@pytest.mark.parametrize("magic", sorted(MAGICS))
 @_FUZZ
 @given(content=st.binary(max_size=400))
-def test_random_bytes_behind_a_magic(path, content):
-    _survives(path, b"GGUF" + struct.pack("<I", 3) + content)
+def test_random_bytes_behind_a_magic(path, magic, content):
+    _survives(path, magic + struct.pack("<I", 3) + content)

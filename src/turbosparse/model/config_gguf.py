@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from turbosparse.model import powerinfer
 from turbosparse.model.config import SPARSE_ACTIVATIONS, ModelConfig, Predictor
 from turbosparse.model.config_values import (
     CONTEXT,
@@ -26,7 +27,7 @@ from turbosparse.model.config_values import (
 )
 from turbosparse.model.families import ARCHITECTURE, BY_ARCHITECTURE, FAMILIES, MIXTURES_BY_ARCHITECTURE, Family
 from turbosparse.model.fields import Fields
-from turbosparse.model.gguf import GGUFFile
+from turbosparse.model.gguf import POWERINFER_MAGIC, GGUFFile
 from turbosparse.model.rope import FACTOR_BOUNDS, THETA_BOUNDS
 
 FORMAT_VERSION = 2  # the newest that is read; 2 has activation thresholds
@@ -40,7 +41,8 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     general = Fields(source, file.metadata)
     architecture = general.text("general.architecture")
     fields = Fields(source, file.metadata, architecture + ".")
-    family, activation = _identity(fields, architecture)
+    foreign, ours = file.magic == POWERINFER_MAGIC, architecture == ARCHITECTURE
+    family, activation = (powerinfer.identity if foreign else _identity)(fields, architecture)
     n_experts, used = (0, 0) if family.experts is None else experts(fields, "expert_count", "expert_used_count")
     hidden = fields.integer("embedding_length", WIDTH)
     n_heads = fields.integer("attention.head_count", HEADS)
@@ -51,6 +53,9 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
             fields.fail(f"{architecture}.{key} is not the head size {head_dim}, which is not supported")
     sliding_window, sliding_layers = _windows(fields, family, n_layers)
     local = family.rope_theta_local
+    predictor = powerinfer.predictor(file, n_layers) if foreign else None
+    if ours:
+        predictor = _predictor(fields, n_layers, max(n_experts, 1))
     config = ModelConfig(
         family=family.name,
         activation=activation,
@@ -80,8 +85,8 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         experts=n_experts,
         experts_used=used,
         synthetic=general.flag(SYNTHETIC_KEY, False),
-        predictor=_predictor(fields, n_layers, max(n_experts, 1)) if architecture == ARCHITECTURE else None,
-        activation_thresholds=activation_thresholds(fields, n_layers) if architecture == ARCHITECTURE else None,
+        predictor=predictor,
+        activation_thresholds=activation_thresholds(fields, n_layers) if ours else None,
     )
     return checked(config, fields)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from turbosparse.errors import UserError
+from turbosparse.model import published
 from turbosparse.model.config import SPARSE_ACTIVATIONS, ModelConfig
 from turbosparse.model.config_values import (
     CONTEXT,
@@ -39,7 +40,7 @@ def config_from_hf(values: Mapping[str, object], source: str) -> ModelConfig:
     """`ModelConfig.from_hf`."""
     outer_type = values.get("model_type")
     text = text_config(values)
-    family = BY_HF_TYPE.get(outer_type) if isinstance(outer_type, str) else None
+    family = {**BY_HF_TYPE, **published.BY_TYPE}.get(outer_type) if isinstance(outer_type, str) else None
     if family is None:
         raise UserError(
             f"{source}: the model type {str(outer_type)[:60]!r} is not supported; {', '.join(FAMILIES)} models are."
@@ -127,6 +128,10 @@ def _activation(fields: Fields, model_type: str) -> str:
         if activation not in SPARSE_ACTIVATIONS:
             fields.fail(f"activation is {activation[:60]!r}, not drelu or reglu")
         return activation
+    if model_type in published.DOUBLE_ACTIVATION:
+        if fields.text("hidden_act") != "relu":
+            fields.fail(f"hidden_act of a {model_type} model is {fields.text('hidden_act')[:60]!r}, not relu")
+        return "drelu"
     name = fields.text("hidden_activation") if fields.has("hidden_activation") else fields.text("hidden_act", "silu")
     if name not in _ACTIVATIONS:
         fields.fail(f"the activation {name[:60]!r} is not supported; {', '.join(_ACTIVATIONS)} are")

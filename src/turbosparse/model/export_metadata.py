@@ -77,9 +77,10 @@ def write_metadata(writer: GGUFWriter, config: ModelConfig, quant: str, folder: 
     write_hyperparameters(writer, config, quant)
 
 
-def write_hyperparameters(writer: GGUFWriter, config: ModelConfig, quant: str) -> None:
-    """Add what a reader must know to compute: sizes, activation, positions, file type. Arguments as above."""
-    writer.add_file_type(FILE_TYPES[quant])
+def write_hyperparameters(writer: GGUFWriter, config: ModelConfig, quant: str | None) -> None:
+    """Add what a reader must know to compute: sizes, activation, positions, file type unless `quant` is None."""
+    if quant is not None:
+        writer.add_file_type(FILE_TYPES[quant])
     writer.add_quantization_version(QUANTIZATION_VERSION)
     architecture = architecture_of(config)
     if config.sparse:
