@@ -54,6 +54,7 @@ class ModelConfig:
         synthetic: the weights are random (synthetic.py).
         predictor: what guesses which neurons fire, if the file holds it.
         activation_thresholds: for each layer, an |h| below it becomes zero; None: the activation alone makes zeros.
+        gate_threshold: relu(gate) is zero below it too (FATReLU); 0.0: below zero alone.
     """
 
     family: str
@@ -86,6 +87,7 @@ class ModelConfig:
     synthetic: bool = False
     predictor: Predictor | None = None
     activation_thresholds: tuple[float, ...] | None = None
+    gate_threshold: float = 0.0
 
     @property
     def sparse(self) -> bool:

@@ -13,6 +13,7 @@ from turbosparse.model.config_values import (
     HEADS,
     LAYERS,
     POSITIVE,
+    THRESHOLD,
     VOCAB,
     WIDTH,
     activation_thresholds,
@@ -30,7 +31,7 @@ from turbosparse.model.fields import Fields
 from turbosparse.model.gguf import POWERINFER_MAGIC, GGUFFile
 from turbosparse.model.rope import FACTOR_BOUNDS, THETA_BOUNDS
 
-FORMAT_VERSION = 2  # the newest that is read; 2 has activation thresholds
+FORMAT_VERSION = 3  # the newest that is read; 2 has activation thresholds, 3 a gate threshold
 PREDICTOR_INPUTS = ("normed", "residual")
 SYNTHETIC_KEY = "turbosparse.synthetic"  # also in the files of dense models
 
@@ -87,6 +88,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         synthetic=general.flag(SYNTHETIC_KEY, False),
         predictor=predictor,
         activation_thresholds=activation_thresholds(fields, n_layers) if ours else None,
+        gate_threshold=fields.number("gate_threshold", THRESHOLD, 0.0) if ours else 0.0,
     )
     return checked(config, fields)
 

@@ -54,11 +54,12 @@ def config_from_hf(values: Mapping[str, object], source: str) -> ModelConfig:
     head_dim = fields.integer("head_dim", HEAD_DIM, default_head_dim(fields, hidden, n_heads))
     rope = rope_from_hf({**family.hf_defaults, **text}, source, family.rope_theta_local)
     sliding_window, sliding_layers = _windows(fields, family, n_layers)
+    activation, gate_threshold = _activation(fields, str(outer_type))
     names = family.experts
     n_experts, used = (0, 0) if names is None else experts(fields, _expert_count(fields), "num_experts_per_tok")
     config = ModelConfig(
         family=family.name,
-        activation=_activation(fields, str(outer_type)),
+        activation=activation,
         n_layers=n_layers,
         hidden_size=hidden,
         ffn_size=fields.integer("intermediate_size" if names is None else names.size, FFN),
@@ -86,6 +87,7 @@ def config_from_hf(values: Mapping[str, object], source: str) -> ModelConfig:
         experts=n_experts,
         experts_used=used,
         activation_thresholds=_thresholds(fields, str(outer_type), n_layers),
+        gate_threshold=gate_threshold,
     )
     return checked(config, fields)
 
@@ -121,21 +123,19 @@ def _refuse_variants(fields: Fields, family: Family) -> None:
             fields.fail(f"{key} is not supported")
 
 
-def _activation(fields: Fields, model_type: str) -> str:
-    """The activation of the FFN: our own folders name it, others name the function of the gate."""
+def _activation(fields: Fields, model_type: str) -> tuple[str, float]:
+    """The activation of the FFN and its gate's threshold: our own folders name it, others the function of the gate."""
+    if model_type in published.BY_TYPE:
+        return published.published_activation(fields, model_type)
     if model_type.startswith(HF_PREFIX):
         activation = fields.text("activation")
         if activation not in SPARSE_ACTIVATIONS:
             fields.fail(f"activation is {activation[:60]!r}, not drelu or reglu")
-        return activation
-    if model_type in published.DOUBLE_ACTIVATION:
-        if fields.text("hidden_act") != "relu":
-            fields.fail(f"hidden_act of a {model_type} model is {fields.text('hidden_act')[:60]!r}, not relu")
-        return "drelu"
+        return activation, 0.0
     name = fields.text("hidden_activation") if fields.has("hidden_activation") else fields.text("hidden_act", "silu")
     if name not in _ACTIVATIONS:
         fields.fail(f"the activation {name[:60]!r} is not supported; {', '.join(_ACTIVATIONS)} are")
-    return _ACTIVATIONS[name]
+    return _ACTIVATIONS[name], 0.0
 
 
 def _thresholds(fields: Fields, model_type: str, n_layers: int) -> tuple[float, ...] | None:

@@ -26,7 +26,7 @@ CONTEXT: Bounds = (1, 1 << 26)
 EXPERTS: Bounds = (0, 1024)
 EPSILON: Bounds = (0.0, 1.0)
 POSITIVE: Bounds = (1e-6, 1e6)
-_MOST_THRESHOLD = 1e6
+THRESHOLD: Bounds = (0.0, 1e6)
 
 
 def experts(fields: Fields, count: str, used: str) -> tuple[int, int]:
@@ -68,8 +68,8 @@ def activation_thresholds(fields: Fields, n_layers: int) -> tuple[float, ...] | 
     if not fields.has(key):
         return None
     values = [float(np.float32(value)) for value in numbers(fields, key, float, n_layers)]
-    if not all(0 <= value <= _MOST_THRESHOLD for value in values):
-        fields.fail(f"{key} holds a number that is not from 0 to {_MOST_THRESHOLD:g}")
+    if not all(THRESHOLD[0] <= value <= THRESHOLD[1] for value in values):
+        fields.fail(f"{key} holds a number that is not from 0 to {THRESHOLD[1]:g}")
     return tuple(values)
 
 

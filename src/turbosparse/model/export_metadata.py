@@ -86,11 +86,13 @@ def write_hyperparameters(writer: GGUFWriter, config: ModelConfig, quant: str | 
     if config.sparse:
         writer.add_string(f"{architecture}.base", config.family)
         writer.add_string(f"{architecture}.activation", config.activation)
-        thresholds = config.activation_thresholds
+        thresholds, gate = config.activation_thresholds, config.gate_threshold
         # The oldest version that says it all, so that older releases read what they can.
-        writer.add_uint32(f"{architecture}.format_version", 1 if thresholds is None else 2)
+        writer.add_uint32(f"{architecture}.format_version", 3 if gate else 1 if thresholds is None else 2)
         if thresholds is not None:
             _write_floats(writer, f"{architecture}.activation_threshold", thresholds)
+        if gate:
+            writer.add_float32(f"{architecture}.gate_threshold", gate)
     writer.add_block_count(config.n_layers)
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.hidden_size)

@@ -99,7 +99,7 @@ def _check(shown: Path, file: GGUFFile, config: ModelConfig) -> None:
         family, config.hidden_size, config.n_heads, config.n_layers, config.head_dim
     ):
         problem = f"its attention scale {config.attention_scale:g} is not that of its program"
-    elif config.activation_thresholds is not None:
+    elif config.activation_thresholds is not None or config.gate_threshold:
         problem = "its activation has thresholds, which its program does not apply"
     elif config.ffn_size < _LEAST_NEURONS:
         problem = f"its program needs an FFN of at least {_LEAST_NEURONS} neurons, not {config.ffn_size}"

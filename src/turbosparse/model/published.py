@@ -11,15 +11,32 @@ from types import MappingProxyType
 from turbosparse.errors import UserError
 from turbosparse.model.checkpoint import Checkpoint, StoredTensor
 from turbosparse.model.config import ModelConfig, Predictor
-from turbosparse.model.config_values import WIDTH
+from turbosparse.model.config_values import THRESHOLD, WIDTH
 from turbosparse.model.families import FAMILIES, Family
+from turbosparse.model.fields import Fields
 
 # Their model types, and the family whose tensors and keys they have.
 _FAMILIES = {"bamboo": "mistral", "turbosparsemixtral": "mixtral", "sparsellama": "llama"}
 BY_TYPE: Mapping[str, Family] = MappingProxyType({kind: FAMILIES[name] for kind, name in _FAMILIES.items()})
-# Of these, hidden_act is that of gate and up alike (dReLU); of sparsellama it is the gate's.
-DOUBLE_ACTIVATION = frozenset({"bamboo", "turbosparsemixtral"})
-DEFAULT_THRESHOLD = 0.0  # as in PowerInfer, whose folders state none
+_DEFAULT_THRESHOLD = 0.0  # that of PowerInfer; the folders state none
+
+
+def published_activation(fields: Fields, model_type: str) -> tuple[str, float]:
+    """Activation and `ModelConfig.gate_threshold` of a config.json of one of these types.
+
+    Raises:
+        UserError: an activation that is neither ReLU nor FATReLU.
+    """
+    name = fields.text("hidden_act")
+    if model_type != "sparsellama":
+        if name != "relu":  # of gate and up alike
+            fields.fail(f"hidden_act of a {model_type} model is {name[:60]!r}, not relu")
+        return "drelu", 0.0
+    if name == "fatrelu":
+        return "reglu", fields.number("hidden_act_param", THRESHOLD)
+    if name != "relu":
+        fields.fail(f"hidden_act of a {model_type} model is {name[:60]!r}, not relu or fatrelu")
+    return "reglu", 0.0
 
 
 def stored_predictor(
@@ -33,7 +50,7 @@ def stored_predictor(
         checkpoint: the folder; the tensors' shapes are checked later, against the widths found here.
         config: of its model.
         prefix: of the text model's tensors.
-        threshold: of all scores, which no such folder states; None: `DEFAULT_THRESHOLD`.
+        threshold: of all scores, which no such folder states; None: 0.
 
     Raises:
         UserError: a width that cannot be.
@@ -46,7 +63,7 @@ def stored_predictor(
     ]
     if max(ranks) == 0:
         return None
-    value = DEFAULT_THRESHOLD if threshold is None else threshold
+    value = _DEFAULT_THRESHOLD if threshold is None else threshold
     return Predictor(tuple(ranks), (value,) * (config.n_layers * config.ffns), normed=False)
 
 
