@@ -252,9 +252,9 @@ int64_t Forward::open_gates(Scratch& s, const Pass& pass, const Neurons& at, int
                             int64_t selected) {
   float* gate = &s.gate[row * model_->neuron_block()];
   if (selected < 0) {
-    const int64_t open = kernels_.positive(gate, at.n, s.open.data());
-    for (int64_t i = 0; i < open; ++i) s.gate_open[i] = gate[s.open[i]];
-    return open;
+    const int64_t positive = kernels_.positive(gate, at.n, s.open.data());
+    for (int64_t i = 0; i < positive; ++i) s.value[i] = gate[s.open[i]];
+    return keep_open(s, positive);
   }
   if (at.all_gates) {
     for (int64_t i = 0; i < selected; ++i) s.value[i] = gate[s.open[i]];
@@ -263,11 +263,16 @@ int64_t Forward::open_gates(Scratch& s, const Pass& pass, const Neurons& at, int
     count_read(s, pass, at, selected, at.ffn.gate, 0);
     listed_product(s, at.ffn.gate, selected, x, row);
   }
+  return keep_open(s, selected);
+}
+
+// Of the n neurons of s.open, whose gates are s.value, those that are open move to the front. Returns how many.
+int64_t Forward::keep_open(Scratch& s, int64_t n) const {
   int64_t open = 0;
-  for (int64_t i = 0; i < selected; ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     s.open[open] = s.open[i];
     s.gate_open[open] = s.value[i];
-    open += s.value[i] > 0;
+    open += opens(s.value[i]);
   }
   return open;
 }
@@ -320,8 +325,8 @@ void Forward::count_row(Scratch& s, const Neurons& at, int64_t row) {
   const bool relu_up = config_.activation == Activation::drelu;
   for (int64_t i = 0; i < at.n; ++i) {
     const float gate = s.gate[offset + i], up = s.up[offset + i];
-    const bool fires = gate > 0 && (!relu_up || up > 0) && above(gate * up, at.ffn.least_value) != 0;
-    counts_->gate[base + i] += gate > 0;
+    const bool fires = opens(gate) && (!relu_up || up > 0) && above(gate * up, at.ffn.least_value) != 0;
+    counts_->gate[base + i] += opens(gate);
     counts_->up[base + i] += up > 0;
     counts_->h[base + i] += fires;
     if (at.ffn.fc1.rows == 0) continue;

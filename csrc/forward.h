@@ -97,6 +97,7 @@ class Forward {
   void check(int32_t token) const;
   Mode mode_of(const Pass& pass, int64_t row, int64_t layer) const;
   bool scores_wanted(const Pass& pass, int64_t index) const;
+  bool opens(float gate) const { return gate > 0 && gate >= config_.gate_threshold; }
   void run(const Pass& pass);
   void layers(Member& member, const Pass& pass);
   void embed(Member& member, const Pass& pass);
@@ -136,6 +137,7 @@ class Forward {
   static bool sums_together(const Pass& pass, const Matrix& down);
   void fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x);
   int64_t open_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t selected);
+  int64_t keep_open(Scratch& s, int64_t n) const;
   int64_t select(Scratch& s, const Neurons& at, int64_t row);
   void list_open(Scratch& s, const Neurons& at, int64_t n);
   int64_t list_every(Scratch& s, const Neurons& at, int64_t active);

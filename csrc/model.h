@@ -36,6 +36,7 @@ struct Config {
   std::vector<int64_t> predictor_ranks;
   std::vector<float> predictor_thresholds;
   std::vector<float> activation_thresholds;  // one a layer, or none: a smaller |h| becomes zero
+  float gate_threshold = 0;                  // a positive gate below it counts as zero
   bool predictor_normed = false;             // it reads the FFN's input; else the residual stream before the norm
 
   bool sparse() const { return activation == Activation::drelu || activation == Activation::reglu; }

@@ -85,6 +85,7 @@ Config config_from(nb::handle source) {
   c.rope_interleaved = nb::cast<bool>(source.attr("rope_interleaved"));
   c.sliding_window = count("sliding_window");
   for (const nb::handle layer : source.attr("sliding_layers")) c.sliding_layers.push_back(nb::cast<bool>(layer));
+  c.gate_threshold = static_cast<float>(number("gate_threshold"));
   c.activation = activation_named(nb::cast<std::string>(source.attr("activation")));
   c.experts = count("experts");
   c.experts_used = count("experts_used");

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from factories import make_folder
 
 import turbosparse
 
@@ -53,6 +54,7 @@ def test_help_is_quick_to_import_and_lists_every_stage():
         "train-predictors",
         "analyze",
         "export",
+        "import",
         "info",
         "run",
         "chat",
@@ -97,6 +99,19 @@ def test_a_mixture_of_experts_in_every_command(tiny_gguf, text):
     assert "expert" in turbo("analyze", path, "--data", text, "--limit", 60).stdout
     bench = turbo_json("bench", path, "--dense-twin", tiny_gguf("mixtral"), "--repeats", 1, "-n", 4, "--batch", "2")
     assert [run["mode"] for run in bench["runs"]] == ["dense", "exact", "dense-twin"] and len(bench["batches"]) == 2
+
+
+def test_to_powerinfer_and_back(tmp_path):
+    folder = make_folder(tmp_path / "hf", "llama", "drelu", intermediate_size=1024)
+    theirs, ours = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
+    exported = turbo_json("export", folder, theirs, "--format", "powerinfer")
+    assert (exported["architecture"], exported["quant"]) == ("bamboo", "q4_0")
+    imported = turbo_json("import", theirs, ours, "--threshold", -1)
+    assert imported["architecture"] == "turbosparse" and imported["file_bytes"] == ours.stat().st_size
+    assert turbo_json("info", theirs)["predictor"] == turbo_json("info", ours)["predictor"] is not None
+    options = ["-p", "the quick", "-n", 8, "--ignore-eos", "--mode", "predicted"]
+    assert turbo_json("run", theirs, *options)["text"] == turbo_json("run", ours, *options)["text"]
+    assert str(ours) in turbo("import", folder, ours, "--quant", "q8_0").stderr
 
 
 def test_run_is_the_same_in_every_mode_and_from_stdin(sparse):
@@ -211,6 +226,9 @@ BAD = {
     "not JSONL": (["perplexity", "{sparse}", "--data", "{broken}"], "broken.jsonl"),
     "missing data": (["analyze", "{sparse}", "--data", "nothing.txt"], "nothing.txt"),
     "no config": (["convert", "{empty}", "{new}"], "config.json"),
+    "export of a dense model": (["export", "{folder}", "{new}", "--format", "powerinfer"], "drelu and reglu"),
+    "a type for a file": (["export", "{sparse}", "{new}", "--format", "powerinfer", "--quant", "f16"], "--quant f16"),
+    "import of our own file": (["import", "{sparse}", "{new}"], "PWRI"),
     "export without config": (["export", "{empty}", "{new}"], "config.json"),
     "out exists": (["convert", "{folder}", "{empty}"], "exists already"),
     "no recipe": (["train", "nothing.yaml"], "nothing.yaml"),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from agreement import equal_bits
 
 from turbosparse.engine import Engine
 from turbosparse.errors import UserError
@@ -11,10 +12,6 @@ from turbosparse.model.synthetic_predictor import Prediction
 
 COUNTED = 16  # tokens before the choice (csrc/choice.h)
 TOKENS = np.random.default_rng(7).integers(3, 40000, size=(5, 40)).tolist()
-
-
-def equal_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 @pytest.fixture(scope="module")

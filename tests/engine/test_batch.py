@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from agreement import equal_bits
 
 from turbosparse import _native
 from turbosparse.engine import Engine
@@ -9,10 +10,6 @@ from turbosparse.errors import UserError
 
 TOKENS = np.random.default_rng(5).integers(3, 300, size=(70, 100)).tolist()
 SIZES = (1, 2, 3, 5, 16, 70)  # the last is more than one pass takes
-
-
-def equal_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 def begun(engine: Engine, index: int, mode: str):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from agreement import TOKENS, check_same_bits, equal_bits, logits_error
 from factories import FAMILY_NAMES, copy_metadata, make_folder
 from transformers import AutoModelForCausalLM
 
@@ -18,12 +19,6 @@ from turbosparse.model.export import export_gguf
 from turbosparse.model.gguf import GGUFFile
 from turbosparse.model.shapes import shape_config
 from turbosparse.model.synthetic import Rates, write_synthetic
-
-TOKENS = [int(token) for token in np.random.default_rng(3).integers(3, 300, size=101)]  # a block and an odd rest
-
-
-def equal_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 @pytest.mark.parametrize("activation", ["dense", "drelu", "reglu"])
@@ -37,24 +32,13 @@ def test_fp32_logits_are_those_of_transformers(tiny_folder, tiny_gguf, family, a
         theirs = model(torch.tensor([TOKENS])).logits[0].numpy()
     for mode in engine.modes:
         ours = engine.session().logits(TOKENS, mode)
-        error = np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)
-        assert error.max() < 1e-4, mode
+        assert logits_error(ours, theirs).max() < 1e-4, mode
 
 
 @pytest.mark.parametrize("quant", ["q4_0", "q8_0", "f16", "f32"])
 @pytest.mark.parametrize("isa", _native.isas())
 def test_decode_prefill_threads_and_modes_give_the_same_bits(tiny_gguf, isa, quant):
-    path = tiny_gguf("llama", "drelu", quant)
-    reference = None
-    for threads in (1, 2, 3, 5):
-        engine = Engine.load(path, threads=threads, isa=isa)
-        assert (engine.isa, engine.threads) == (isa, threads)
-        for mode in ("dense", "exact"):
-            blocks = engine.session().logits(TOKENS, mode)
-            session = engine.session()
-            single = np.stack([session.decode(token, mode) for token in TOKENS])
-            reference = blocks if reference is None else reference
-            assert equal_bits(blocks, reference) and equal_bits(single, reference), (threads, mode)
+    check_same_bits(tiny_gguf("llama", "drelu", quant), isa, (1, 2, 3, 5))
 
 
 @pytest.mark.parametrize("activation", ["drelu", "reglu"])
@@ -146,7 +130,7 @@ def test_an_activation_threshold_drops_what_transformers_drops(tmp_path, activat
     counted = engine.counters().h
     exact = engine.session()
     assert equal_bits(np.stack([exact.decode(token, "exact") for token in TOKENS]), dense)
-    assert (np.linalg.norm(dense - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)).max() < 1e-4
+    assert logits_error(dense, theirs).max() < 1e-4
     assert np.abs(counted - torch.stack(kept).numpy()).max() <= 1  # a product within rounding of the threshold
     assert 0 < counted[1].sum() < 0.7 * counted[0].sum()
 
@@ -226,7 +210,7 @@ def test_other_quantisations_are_converted_at_load_with_progress(tiny_folder, tm
     assert seen[-1][0] == seen[-1][1] > 0 and seen == sorted(seen)
     fast = Engine.load(path)
     a, b = exact.session().logits(TOKENS), fast.session().logits(TOKENS)
-    error = np.linalg.norm(a - b, axis=-1) / np.linalg.norm(a, axis=-1)
+    error = logits_error(b, a)
     assert 0 < error.max() < 0.1  # 8-bit activations and weights: about 1 % a product, over two layers
 
 
@@ -243,7 +227,7 @@ def test_a_matrix_without_blocks_beside_fine_inputs_is_multiplied_once(tiny_fold
     with GGUFFile.open(source) as file:
         rewrite(file, path, lambda name: kinds.F16 if name == "token_embd.weight" else kinds.Q8_0)
     exact, fast = (Engine.load(path, compute=compute).session().logits(TOKENS) for compute in ("f32", "int8"))
-    error = np.linalg.norm(exact - fast, axis=-1) / np.linalg.norm(exact, axis=-1)
+    error = logits_error(fast, exact)
     assert error.max() < 1e-3
 
 

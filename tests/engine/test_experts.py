@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from agreement import TOKENS, check_same_bits, equal_bits, logits_error
 from factories import MIXTURES, TinyPredictor, add_predictor, make_folder
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM
@@ -14,12 +15,6 @@ from turbosparse.engine import Engine
 from turbosparse.model.config import ModelConfig
 from turbosparse.model.export import export_gguf
 from turbosparse.model.gguf import GGUFFile
-
-TOKENS = [int(token) for token in np.random.default_rng(3).integers(3, 300, size=101)]
-
-
-def equal_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 def reference(dense_folder, activation: str, predictor=None, thresholds=(0.0, 0.0)):
@@ -69,8 +64,7 @@ def test_fp32_logits_are_those_of_transformers(tiny_folder, tiny_gguf, family, a
         theirs = model(torch.tensor([TOKENS])).logits[0].numpy()
     for mode in engine.modes:
         ours = engine.session().logits(TOKENS, mode)
-        error = np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)
-        assert error.max() < 1e-4, mode
+        assert logits_error(ours, theirs).max() < 1e-4, mode
 
 
 def test_a_threshold_holds_in_every_expert_of_a_layer(tiny_folder, tmp_path):
@@ -81,22 +75,14 @@ def test_a_threshold_holds_in_every_expert_of_a_layer(tiny_folder, tmp_path):
     with torch.no_grad():
         theirs = reference(tiny_folder("mixtral"), "drelu", None, thresholds)(torch.tensor([TOKENS])).logits[0].numpy()
     dense = engine.session().logits(TOKENS, "dense")
-    assert (np.linalg.norm(dense - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)).max() < 1e-4
+    assert logits_error(dense, theirs).max() < 1e-4
     assert equal_bits(engine.session().logits(TOKENS, "exact"), dense)
 
 
 @pytest.mark.parametrize("quant", ["q4_0", "q8_0", "f32"])
 @pytest.mark.parametrize("isa", _native.isas())
 def test_modes_threads_and_prompts_in_blocks_give_the_same_bits(tiny_gguf, isa, quant):
-    reference = None
-    for threads in (1, 2, 3):
-        engine = Engine.load(tiny_gguf("mixtral", "drelu", quant), threads=threads, isa=isa)
-        for mode in ("dense", "exact"):
-            blocks = engine.session().logits(TOKENS, mode)
-            session = engine.session()
-            single = np.stack([session.decode(token, mode) for token in TOKENS])
-            reference = blocks if reference is None else reference
-            assert equal_bits(blocks, reference) and equal_bits(single, reference), (threads, mode)
+    check_same_bits(tiny_gguf("mixtral", "drelu", quant), isa, (1, 2, 3))
 
 
 @pytest.mark.parametrize("activation", ["dense", "drelu"])
@@ -158,7 +144,7 @@ def test_every_expert_has_a_predictor_of_its_own(tiny_folder, predicting, normed
     with torch.no_grad():
         theirs = model(torch.tensor([TOKENS])).logits[0].numpy()
     ours = engine.session().logits(TOKENS, "predicted")
-    assert (np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)).max() < 1e-4
+    assert logits_error(ours, theirs).max() < 1e-4
     assert not np.allclose(ours, engine.session().logits(TOKENS, "exact"), rtol=0.1)  # they leave something out
 
 

@@ -4,6 +4,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from agreement import logits_error
 from factories import make_folder
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import eager_mask
@@ -46,18 +47,14 @@ def reference(folder, attention: str, tokens: list[int]) -> np.ndarray:
         return model(torch.tensor([tokens])).logits[0].numpy()
 
 
-def errors(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)
-
-
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3"])
 def test_a_cache_of_q8_0_is_the_reference_with_rounded_keys_and_values(tiny_folder, tiny_gguf, family):
     engine = Engine.load(tiny_gguf(family, "drelu"), compute="f32", threads=2)
     ours = engine.session(256, "q8_0").logits(TOKENS)
     theirs, plain = (reference(tiny_folder(family, "drelu"), kind, TOKENS) for kind in ("q8_0", "eager"))
     # Exact until a last bit of some key decides which of two levels it gets; from then on a step away here and there.
-    assert errors(ours, theirs)[:2].max() < 1e-6 and errors(ours, theirs).max() < 5e-3
-    assert np.median(errors(ours, theirs)) < 0.2 * np.median(errors(ours, plain))
+    assert logits_error(ours, theirs)[:2].max() < 1e-6 and logits_error(ours, theirs).max() < 5e-3
+    assert np.median(logits_error(ours, theirs)) < 0.2 * np.median(logits_error(ours, plain))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3"])
@@ -65,7 +62,7 @@ def test_a_cache_of_q8_0_is_the_reference_with_rounded_keys_and_values(tiny_fold
 def test_fast_caches_are_near_the_exact_one(tiny_gguf, family, cache):
     engine = Engine.load(tiny_gguf(family, "drelu", "q8_0"), threads=2)
     exact = Engine.load(tiny_gguf(family, "drelu", "q8_0"), compute="f32").session(256).logits(TOKENS)
-    error = errors(engine.session(256, cache).logits(TOKENS), exact)
+    error = logits_error(engine.session(256, cache).logits(TOKENS), exact)
     assert error.max() < {"f16": 0.01, "q8_0": 0.05}[cache]
 
 
@@ -97,7 +94,7 @@ def test_a_window_that_slides_far_is_right(tiny_folder, tiny_gguf, family):
     session = engine.session(256)
     session.prefill(TOKENS[:100])
     single = np.stack([session.decode(token) for token in TOKENS[100:]])
-    assert errors(single, reference(tiny_folder(family, "drelu"), "eager", TOKENS)[100:]).max() < 1e-4
+    assert logits_error(single, reference(tiny_folder(family, "drelu"), "eager", TOKENS)[100:]).max() < 1e-4
 
 
 def test_memory_is_that_of_the_cells_that_a_layer_can_reach(tiny_gguf):
@@ -122,7 +119,7 @@ def test_a_long_context(tmp_path, cache):
     session.prefill(tokens[:2400])
     ours = np.stack([session.decode(token) for token in tokens[2400:]])
     theirs = reference(folder, "q8_0" if cache else "eager", tokens)[2400:]
-    assert errors(ours, theirs).max() < (5e-3 if cache else 1e-4)
+    assert logits_error(ours, theirs).max() < (5e-3 if cache else 1e-4)
 
 
 def test_heads_that_are_not_whole_blocks_have_no_cache_of_q8_0(tiny_gguf):

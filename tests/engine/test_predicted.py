@@ -4,6 +4,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from agreement import TOKENS, equal_bits, logits_error
 from factories import add_predictor, random_predictor
 from transformers import AutoModelForCausalLM
 
@@ -15,11 +16,6 @@ from turbosparse.model.config import ModelConfig
 from turbosparse.model.gguf import GGUFFile
 
 Type = gguf.GGMLQuantizationType
-TOKENS = [int(token) for token in np.random.default_rng(3).integers(3, 300, size=101)]
-
-
-def equal_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +48,7 @@ def test_fp32_logits_are_those_of_a_masked_reference(predicting, tiny_folder, fa
     with torch.no_grad():
         theirs = model(torch.tensor([TOKENS])).logits[0].numpy()
     ours = engine.session().logits(TOKENS, "predicted")
-    error = np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)
-    assert error.max() < 1e-4
+    assert logits_error(ours, theirs).max() < 1e-4
     assert not np.allclose(ours, engine.session().logits(TOKENS, "exact"), rtol=0.1)  # the mask does something
 
 

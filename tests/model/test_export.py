@@ -1,23 +1,15 @@
-"""The exported file holds the weights of the folder, where and how the layout says, and is whole or not there."""
-
-import json
-import math
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The exported file holds the weights of the folder, where and how the layout says."""
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from factories import ACTIVATIONS, CHAT_TEMPLATE, FAMILY_NAMES, MIXTURES, make_folder
-from safetensors.numpy import load_file, save_file
+from factories import ACTIVATIONS, CHAT_TEMPLATE, FAMILY_NAMES, make_folder
+from folders import copy_folder, edit_config
+from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from turbosparse.errors import UserError
-from turbosparse.model import export
 from turbosparse.model.config import ModelConfig
 from turbosparse.model.export import QUANTS, export_gguf
 from turbosparse.model.families import FAMILIES
@@ -93,89 +85,6 @@ def test_every_tensor_is_that_of_the_folder(tiny_folder, tiny_gguf, family, acti
     assert used == set(hf)
 
 
-EXPERT_PARTS = {"mixtral": ("w1", "w3", "w2"), "qwen3moe": ("gate_proj", "up_proj", "down_proj")}
-
-
-@pytest.mark.parametrize("activation", ["dense", "drelu"])
-@pytest.mark.parametrize("family", MIXTURES)
-def test_every_expert_is_that_of_the_folder(tiny_folder, tiny_gguf, family, activation):
-    hf = load_file(tiny_folder(family, activation) / "model.safetensors")
-    gate, up, down = EXPERT_PARTS[family]
-    parts = {"gate": gate, "up": up, "down_t" if activation == "drelu" else "down": down}
-    with GGUFFile.open(tiny_gguf(family, activation)) as file:
-        assert sum(tensor.size for tensor in file.tensors.values()) == sum(tensor.size for tensor in hf.values())
-        for layer in range(2):
-            before = f"model.layers.{layer}.{'block_sparse_moe' if family == 'mixtral' else 'mlp'}"
-            router = file.tensors[f"blk.{layer}.ffn_gate_inp.weight"]
-            np.testing.assert_array_equal(
-                dequantize(router.data, router.type, router.shape), hf[f"{before}.gate.weight"]
-            )
-            for name, part in parts.items():
-                tensor = file.tensors[f"blk.{layer}.ffn_{name}_exps.weight"]
-                for expert, stored in enumerate(dequantize(tensor.data, tensor.type, tensor.shape)):
-                    theirs = hf[f"{before}.experts.{expert}.{part}.weight"]
-                    np.testing.assert_array_equal(stored, theirs.T if name == "down_t" else theirs)
-
-
-def _fused(tensors):
-    """The same checkpoint as transformers has a Mixtral in memory: the experts of a layer in two tensors."""
-    fused = {}
-    for name, values in tensors.items():
-        if ".experts." not in name:
-            fused[name.replace("block_sparse_moe", "mlp")] = values
-    for layer in range(2):
-        w1, w2, w3 = (
-            np.stack([tensors[f"model.layers.{layer}.block_sparse_moe.experts.{e}.{part}.weight"] for e in range(5)])
-            for part in ("w1", "w2", "w3")
-        )
-        fused[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = np.concatenate([w1, w3], axis=1)
-        fused[f"model.layers.{layer}.mlp.experts.down_proj"] = w2
-    return fused
-
-
-@pytest.mark.parametrize("activation", ["dense", "drelu"])
-def test_experts_in_one_tensor_become_the_same_file(tiny_folder, tiny_gguf, tmp_path, activation):
-    folder = _copy(tiny_folder("mixtral", activation), tmp_path / f"mixtral-{activation}")
-    weights = folder / "model.safetensors"
-    save_file(_fused(load_file(weights)), weights)
-    export_gguf(folder, tmp_path / "a.gguf", "f32")
-    assert (tmp_path / "a.gguf").read_bytes() == tiny_gguf("mixtral", activation).read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda t: t.pop("model.layers.1.block_sparse_moe.experts.3.w2.weight"), r"experts\.3\.w2"),
-        (lambda t: t.pop("model.layers.1.block_sparse_moe.gate.weight"), r"block_sparse_moe\.gate"),
-        (
-            lambda t: t.update({"model.layers.1.block_sparse_moe.experts.5.w1.weight": np.zeros((96, 64), "f4")}),
-            "no known",
-        ),
-        (
-            lambda t: t.update({"model.layers.1.block_sparse_moe.experts.2.w1.weight": np.zeros((64, 96), "f4")}),
-            "shape",
-        ),
-    ],
-)
-def test_a_mixture_that_is_not_whole_is_refused(tiny_folder, tmp_path, change, named):
-    folder = _copy(tiny_folder("mixtral"), tmp_path / "hf")
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(UserError, match=named):
-        export_gguf(folder, tmp_path / "a.gguf", "f32")
-
-
-@pytest.mark.parametrize("shape", [(4, 192, 64), (5, 191, 64), (5, 192, 32), (960, 64)])
-def test_experts_in_one_tensor_of_another_shape_are_refused(tiny_folder, tmp_path, shape):
-    folder = _copy(tiny_folder("mixtral"), tmp_path / "hf")
-    tensors = _fused(load_file(folder / "model.safetensors"))
-    tensors["model.layers.0.mlp.experts.gate_up_proj"] = np.zeros(shape, np.float32)
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(UserError, match="shape"):
-        export_gguf(folder, tmp_path / "a.gguf", "f32")
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_the_file_names_its_architecture_and_layout(tiny_gguf, family, activation):
@@ -248,9 +157,9 @@ def test_the_tokenizer_travels_with_the_weights(tiny_folder, tiny_gguf):
 
 @pytest.mark.parametrize("where", ["config.json", "README.md"])
 def test_the_licence_travels_too(tiny_folder, tmp_path, where):
-    folder = _copy(tiny_folder("llama"), tmp_path / "hf")
+    folder = copy_folder(tiny_folder("llama"), tmp_path / "hf")
     if where == "config.json":
-        _edit(folder, license="apache-2.0")
+        edit_config(folder, license="apache-2.0")
     else:
         (folder / where).write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# Model\n")
     export_gguf(folder, tmp_path / "a.gguf", "q8_0")
@@ -286,174 +195,3 @@ def test_a_dense_file_computes_in_transformers_what_the_folder_does(tiny_folder,
         expected = AutoModelForCausalLM.from_pretrained(tiny_folder(family), dtype=torch.float32)(tokens).logits
         found = AutoModelForCausalLM.from_pretrained(**source, config=config, dtype=torch.float32)(tokens).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-# --- what must not be exported, and what must not be left ---
-
-
-def _copy(source, target):
-    target.mkdir()
-    for file in source.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    return target
-
-
-def _edit(folder, **changes):
-    config = folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-
-
-def _reweigh(folder, change):
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors")
-
-
-def _set(name, value):
-    return lambda folder: _reweigh(folder, lambda weights: weights.__setitem__(name, value(weights)))
-
-
-UP = "model.layers.1.mlp.up_proj.weight"
-BROKEN = {
-    "a missing tensor": (lambda f: _reweigh(f, lambda w: w.pop(UP)), UP),
-    "no embedding": (lambda f: _reweigh(f, lambda w: w.pop("model.embed_tokens.weight")), "embed_tokens"),
-    "a wrong shape": (_set(UP, lambda w: w[UP][:-1].copy()), "shape"),
-    "a bias that no such model has": (_set("model.layers.0.mlp.up_proj.bias", lambda w: np.zeros(96, "f4")), "bias"),
-    "NaN": (_set(UP, lambda w: np.full_like(w[UP], math.nan)), "NaN"),
-    "beyond half precision": (_set(UP, lambda w: np.full_like(w[UP], 1e30)), "F16"),
-    "integers": (_set(UP, lambda w: w[UP].astype("i4")), "I32"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "safetensors"),
-    "another model": (lambda f: _edit(f, model_type="bert"), "bert"),
-    "more layers than there are": (lambda f: _edit(f, num_hidden_layers=3), "layers.2"),
-    "fewer layers than there are": (lambda f: _edit(f, num_hidden_layers=1), "layers.1"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_folder_is_one_sentence_and_leaves_the_old_file(tiny_folder, tmp_path, case):
-    damage, named = BROKEN[case]
-    folder = _copy(tiny_folder("llama"), tmp_path / "hf")
-    damage(folder)
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "a.gguf").write_bytes(b"old")
-    with pytest.raises(UserError) as caught:
-        export_gguf(folder, out / "a.gguf", "f16")
-    assert named in str(caught.value) and "\n" not in str(caught.value)
-    assert [file.name for file in out.iterdir()] == ["a.gguf"]
-    assert (out / "a.gguf").read_bytes() == b"old"
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_export_leaves_nothing(tiny_folder, tmp_path, stop):
-    def interrupt(done, total):
-        if done > total // 2:
-            assert len(list(tmp_path.iterdir())) == 1  # it was under way
-            raise stop
-
-    with pytest.raises(stop):
-        export_gguf(tiny_folder("llama"), tmp_path / "a.gguf", "q4_0", interrupt)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_is_one_sentence(tiny_folder, tmp_path, monkeypatch):
-    def full(self, tensor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(export.GGUFWriter, "write_tensor_data", full)
-    with pytest.raises(UserError, match="No space left"):
-        export_gguf(tiny_folder("llama"), tmp_path / "a.gguf", "q4_0")
-    assert not list(tmp_path.iterdir())
-
-
-def test_places_that_cannot_be_written(tiny_folder, tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    for out, named in (
-        (tmp_path, "folder"),
-        (tmp_path / "no" / "a.gguf", "does not exist"),
-        (tmp_path / "pipe", "pipe"),
-    ):
-        with pytest.raises(UserError, match=named):
-            export_gguf(tiny_folder("llama"), out, "q4_0")
-    with pytest.raises(UserError, match="q4_0, q8_0, f16, f32"):
-        export_gguf(tiny_folder("llama"), tmp_path / "a.gguf", "q4_k")
-
-
-def test_a_model_is_exported_without_torch(tiny_folder, tmp_path):
-    code = (
-        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from turbosparse.model.export import export_gguf\n"
-        f"export_gguf({str(tiny_folder('llama', 'drelu'))!r}, {str(tmp_path / 'a.gguf')!r}, 'q4_0')"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ, timeout=120)
-    assert (tmp_path / "a.gguf").is_file()
-
-
-# --- llama.cpp, on a real model: <models>/smollm2-dense and <models>/smollm2-drelu, Hugging Face folders ---
-
-_PEER = """
-import sys
-import llama_cpp
-# One token a batch: some builds crash in their batched kernels, on anybody's file.
-model = llama_cpp.Llama(sys.argv[1], n_ctx=256, n_batch=1, n_threads=2, verbose=False)
-print(model(sys.argv[2], max_tokens=24, temperature=0)["choices"][0]["text"])
-"""
-
-
-def _real(name):
-    root = os.environ.get("TURBOSPARSE_TEST_MODELS")
-    folder = Path(root) / name if root else None
-    if folder is None or not folder.is_dir():
-        pytest.skip(f"needs the Hugging Face folder {name} in $TURBOSPARSE_TEST_MODELS")
-    return folder
-
-
-def _run_llama_cpp(path):
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra bench)")
-    arguments = [sys.executable, "-c", _PEER, str(path), "The capital of France is"]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.models
-@pytest.mark.parametrize("quant", ["q4_0", "q8_0", "f16"])
-def test_llama_cpp_runs_the_dense_twin(tmp_path, quant):
-    export_gguf(_real("smollm2-dense"), tmp_path / "a.gguf", quant)
-    run = _run_llama_cpp(tmp_path / "a.gguf")
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "Paris" in run.stdout
-
-
-@pytest.mark.models
-def test_llama_cpp_refuses_the_sparse_file(tmp_path):
-    export_gguf(_real("smollm2-drelu"), tmp_path / "a.gguf", "q4_0")
-    run = _run_llama_cpp(tmp_path / "a.gguf")
-    assert run.returncode == 1 and "Failed to load model" in run.stderr
-    assert not run.stdout.strip()
-
-
-_LOGITS = """
-import sys, numpy as np
-from llama_cpp import Llama
-model = Llama(sys.argv[1], n_ctx=64, logits_all=True, verbose=False, n_threads=2)
-for token in map(int, sys.argv[3:]):
-    model.eval([token])
-np.save(sys.argv[2], model.scores[: len(sys.argv) - 3])
-model.close()
-"""
-
-
-@pytest.mark.models
-@pytest.mark.parametrize("family", MIXTURES)
-def test_llama_cpp_finds_the_same_logits_in_a_mixture(tiny_gguf, tmp_path, family):
-    from turbosparse.engine import Engine
-
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra bench)")
-    tokens = np.random.default_rng(3).integers(3, 300, size=40).tolist()
-    arguments = [sys.executable, "-c", _LOGITS, tiny_gguf(family), tmp_path / "logits.npy", *tokens]
-    subprocess.run(list(map(str, arguments)), capture_output=True, timeout=300, check=True)
-    theirs = np.load(tmp_path / "logits.npy")
-    ours = Engine.load(tiny_gguf(family), compute="f32").session().logits(tokens)
-    error = np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)
-    assert error.max() < 5e-3  # its keys and values are float16

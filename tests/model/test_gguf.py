@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig
-from turbosparse.model.gguf import GGUFFile, nbytes_of, row_bytes
+from turbosparse.model.gguf import MAGICS, GGUFFile, nbytes_of, row_bytes
 from turbosparse.model.quantize import dequantize, quantize
 
 Kind = GGUFValueType
@@ -216,9 +216,11 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("magic", sorted(MAGICS))
 @pytest.mark.parametrize("case", BAD)
-def test_a_lie_is_one_sentence(path, case):
+def test_a_lie_is_one_sentence(path, case, magic):
     content, named = BAD[case]
+    content = content.replace(b"GGUF", magic, 1)
     message = _refused(path, content)
     assert "\x1b" not in message
     assert re.search(named, message), message
@@ -290,7 +292,9 @@ def _rewrite(source, target, keys=None, drop=(), tensors=None):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"keys": {"turbosparse.format_version": 3}}, "format version is 3"),
+        ({"keys": {"turbosparse.format_version": 4}}, "format version is 4"),
+        ({"keys": {"turbosparse.gate_threshold": -0.5}}, "gate_threshold"),
+        ({"keys": {"turbosparse.gate_threshold": float("inf")}}, "gate_threshold"),
         ({"keys": {"turbosparse.activation_threshold": [0.5]}}, "activation_threshold is not a list of"),
         ({"keys": {"turbosparse.activation_threshold": [0.5, -1.0]}}, "not from 0 to"),
         ({"keys": {"turbosparse.activation_threshold": [0.5, float("nan")]}}, "activation_threshold is not a list of"),
@@ -427,7 +431,8 @@ def test_bytes_cut_out_or_put_in(tiny_gguf, path, data):
     _survives(path, content[:first] + data.draw(st.binary(max_size=40)) + content[second:])
 
 
+@pytest.mark.parametrize("magic", sorted(MAGICS))
 @_FUZZ
 @given(content=st.binary(max_size=400))
-def test_random_bytes_behind_a_magic(path, content):
-    _survives(path, b"GGUF" + struct.pack("<I", 3) + content)
+def test_random_bytes_behind_a_magic(path, magic, content):
+    _survives(path, magic + struct.pack("<I", 3) + content)

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from agreement import logits_error
 from gguf import GGMLQuantizationType as Type
 
 from turbosparse.documents import read_documents
@@ -56,8 +57,7 @@ def test_the_collecting_decoder_computes_what_the_engine_does(tiny_gguf, family,
         if config.logit_softcap is not None:
             ours = config.logit_softcap * torch.tanh(ours / config.logit_softcap)
     theirs = Engine.load(path, compute="f32").session().logits(TOKENS, "exact")
-    error = np.linalg.norm(ours.numpy() - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)
-    assert error.max() < 1e-4
+    assert logits_error(ours.numpy(), theirs).max() < 1e-4
 
 
 def tokens_of_two_directions(count: int, neurons: int = 64) -> Tokens:

@@ -17,6 +17,7 @@ from turbosparse.cli import (
     demo,
     eval,
     export,
+    import_,
     info,
     perplexity,
     publish,
@@ -80,6 +81,7 @@ for stage in (
     train_predictors,
     analyze,
     export,
+    import_,
     info,
     run,
     chat,
@@ -89,5 +91,5 @@ for stage in (
     synth,
     publish,
 ):
-    app.command(stage.__name__.rpartition(".")[2].replace("_", "-"))(stage.command)
+    app.command(stage.__name__.rpartition(".")[2].strip("_").replace("_", "-"))(stage.command)
 app.command("demo", hidden=True)(demo.command)

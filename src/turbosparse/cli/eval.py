@@ -197,6 +197,8 @@ def _show(scores: Scores, comparison: Comparison | None) -> None:
     from rich import box
     from rich.table import Table
 
+    from turbosparse.evaluate.scores import points
+
     record = scores.to_json()
     names = ["task", "metric", "shots", "items", "score"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{scores.model}, {scores.mode}", title_justify="left")
@@ -208,10 +210,10 @@ def _show(scores: Scores, comparison: Comparison | None) -> None:
     for name in names:
         table.add_column(name, justify="left" if name in ("task", "metric") else "right", no_wrap=True)
     for task in record["tasks"]:
-        score = _points(task["value"], task["stderr"])
+        score = points(task["value"], task["stderr"])
         table.add_row(task["task"], task["metric"], str(task["shots"]), f"{task['n']:,}", score, *_compared(task))
     table.add_section()
-    mean = _points(record["average"], record["average_stderr"])
+    mean = points(record["average"], record["average_stderr"])
     table.add_row("average", "", "", "", mean, *_compared(record))
     output.stdout_console().print(table)
 
@@ -219,9 +221,6 @@ def _show(scores: Scores, comparison: Comparison | None) -> None:
 def _compared(row: dict[str, Any]) -> list[str]:
     if "against" not in row:
         return []
-    return [f"{100 * row['against']:.2f}", _points(row["difference"], row["difference_stderr"], "+")]
+    from turbosparse.evaluate.scores import points
 
-
-def _points(value: float, stderr: float | None, sign: str = "") -> str:
-    """0.4321, 0.01 as "43.21 ± 1.00": percent, or percent points."""
-    return f"{100 * value:{sign}.2f}" + ("" if stderr is None else f" ± {100 * stderr:.2f}")
+    return [f"{100 * row['against']:.2f}", points(row["difference"], row["difference_stderr"], "+")]

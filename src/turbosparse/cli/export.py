@@ -1,15 +1,19 @@
-"""`turbosparse export`: one GGUF file that the engine runs."""
+"""`turbosparse export`: one file that the engine runs, or PowerInfer."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from turbosparse.cli import output
 from turbosparse.cli.options import Json
+from turbosparse.errors import UserError
+
+if TYPE_CHECKING:
+    from turbosparse.model.export import ExportReport
 
 
 class Quant(StrEnum):
@@ -20,17 +24,42 @@ class Quant(StrEnum):
     f16 = "f16"
 
 
+class Format(StrEnum):
+    """gguf: ours, and llama.cpp's for dense models; powerinfer: that of PowerInfer's own program."""
+
+    gguf = "gguf"
+    powerinfer = "powerinfer"
+
+
 def command(
-    folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder, sparse or dense.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder; for powerinfer a sparse one or its file.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
-    quant: Annotated[Quant, typer.Option("--quant", help="Storage of the matrices.")] = Quant.q4_0,
+    quant: Annotated[
+        Quant | None, typer.Option("--quant", help="Storage of the matrices of a folder.", show_default="q4_0")
+    ] = None,
+    format: Annotated[Format, typer.Option("--format", help="Which program it is for.")] = Format.gguf,
     json: Json = False,
 ) -> None:
     """Write a Hugging Face folder as one GGUF file: weights, tokenizer and chat template."""
     from turbosparse.model.export import export_gguf
+    from turbosparse.model.export_powerinfer import export_powerinfer
 
+    if quant is not None and format is Format.powerinfer and not source.is_dir():
+        raise UserError(f"--quant {quant}: the weights of {source} stay as they are stored; leave the option out.")
+    chosen = (quant or Quant.q4_0).value
     with output.progress(f"writing {out.name}") as report:
-        done = export_gguf(folder, out, quant.value, report)
+        if format is Format.powerinfer:
+            done = export_powerinfer(source, out, chosen, report)
+        else:
+            done = export_gguf(source, out, chosen, report)
+    hint = f"run it: turbosparse run {done.path} -p 'Once upon a time'"
+    show(done, json, hint if format is Format.gguf else "PowerInfer runs it, and so does turbosparse run")
+
+
+def show(done: ExportReport, json: bool, hint: str) -> None:
+    """What was written: its path, or the JSON object."""
     if json:
         output.emit(
             {
@@ -43,4 +72,4 @@ def command(
         )
     else:
         print(done.path)
-        output.notice(f"{output.megabytes(done.file_bytes)}; run it: turbosparse run {done.path} -p 'Once upon a time'")
+        output.notice(f"{output.megabytes(done.file_bytes)}; {hint}")

@@ -192,3 +192,8 @@ def compare(model: Scores, control: Scores) -> Comparison:
             )
     pairs = zip(model.tasks, control.tasks, strict=True)
     return Comparison(control, tuple(mine.minus(theirs) for mine, theirs in pairs))
+
+
+def points(value: float, stderr: float | None, sign: str = "") -> str:
+    """0.4321, 0.01 as "43.21 ± 1.00": percent, or percent points; `sign` as in format strings."""
+    return f"{100 * value:{sign}.2f}" + ("" if stderr is None else f" ± {100 * stderr:.2f}")

@@ -6,6 +6,7 @@ One tensor is in memory at a time. The file appears under its name only when it 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -21,12 +22,14 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from turbosparse.errors import UserError
 from turbosparse.model.checkpoint import CONFIG, Checkpoint, StoredTensor
-from turbosparse.model.config import ModelConfig, text_config
+from turbosparse.model.config import ModelConfig
+from turbosparse.model.config_hf import text_config
 from turbosparse.model.experts import stored_experts
 from turbosparse.model.export_metadata import architecture_of, check_exportable, write_metadata, write_tokenizer
 from turbosparse.model.families import FAMILIES
 from turbosparse.model.gguf import nbytes_of
 from turbosparse.model.layout import ROPE_FACTORS, TensorSpec, tensor_specs
+from turbosparse.model.published import stored_predictor
 from turbosparse.model.quantize import quantize, writable_type
 from turbosparse.model.rope import frequency_factors, rope_from_hf
 from turbosparse.model.tokenizer import tokenizer_metadata
@@ -67,7 +70,11 @@ class ExportReport:
 
 
 def export_gguf(
-    hf_dir: str | os.PathLike[str], out_path: str | os.PathLike[str], quant: str, progress: Progress | None = None
+    hf_dir: str | os.PathLike[str],
+    out_path: str | os.PathLike[str],
+    quant: str,
+    progress: Progress | None = None,
+    threshold: float | None = None,
 ) -> ExportReport:
     """Write the model of a Hugging Face folder as a GGUF file, replacing a file that is there.
 
@@ -77,6 +84,7 @@ def export_gguf(
         quant: q4_0, q8_0, f16 or f32: the type of the matrices. Norms and biases stay F32; rows that are not whole
             blocks of 32 become F16.
         progress: called with (weights done, weights in all) after each tensor.
+        threshold: of the predictors of a published folder; None: 0 (published.py).
 
     Raises:
         UserError: the folder is not a model that the engine runs, or the file cannot be written. Nothing is left then,
@@ -86,7 +94,7 @@ def export_gguf(
     if quant not in QUANTS:
         raise UserError(f"--quant {quant[:40]}: choose one of {', '.join(QUANTS)}.")
     with Checkpoint.open(folder) as checkpoint:
-        plan = _plan(checkpoint)
+        plan = _plan(checkpoint, threshold)
         tokenizer = tokenizer_metadata(folder)
         architecture = architecture_of(plan.config)
         with replacing(out) as partial:
@@ -114,7 +122,7 @@ class _Plan:
         return sum(math.prod(spec.shape) for spec, _ in self.tensors)
 
 
-def _plan(checkpoint: Checkpoint) -> _Plan:
+def _plan(checkpoint: Checkpoint, threshold: float | None) -> _Plan:
     """Find the tensors of the model in the checkpoint and check that they are all, and of the right shape."""
     source = str(checkpoint.folder / CONFIG)
     config = ModelConfig.from_hf(checkpoint.config, source)
@@ -123,6 +131,7 @@ def _plan(checkpoint: Checkpoint) -> _Plan:
     factors = frequency_factors(rope_from_hf(text, source, family.rope_theta_local), config.head_dim)
     check_exportable(config, source, factors is not None)
     prefix = _prefix(checkpoint)
+    config = dataclasses.replace(config, predictor=stored_predictor(checkpoint, config, prefix, threshold))
     tensors: list[tuple[TensorSpec, list[StoredTensor]]] = []
     for spec in tensor_specs(config):
         parts = _stored(checkpoint, spec, prefix)

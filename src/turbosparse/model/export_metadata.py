@@ -13,12 +13,8 @@ from typing import Any
 from gguf import GGUFValueType, GGUFWriter, LlamaFileType
 
 from turbosparse.errors import UserError
-from turbosparse.model.config import (
-    ModelConfig,
-    Predictor,
-    periodic_windows,
-    runtime_attention_scale,
-)
+from turbosparse.model.config import ModelConfig, Predictor
+from turbosparse.model.config_values import periodic_windows, runtime_attention_scale
 from turbosparse.model.families import ARCHITECTURE, FAMILIES, Family
 from turbosparse.model.provenance import provenance
 
@@ -81,19 +77,22 @@ def write_metadata(writer: GGUFWriter, config: ModelConfig, quant: str, folder: 
     write_hyperparameters(writer, config, quant)
 
 
-def write_hyperparameters(writer: GGUFWriter, config: ModelConfig, quant: str) -> None:
-    """Add what a reader must know to compute: sizes, activation, positions, file type. Arguments as above."""
-    writer.add_file_type(FILE_TYPES[quant])
+def write_hyperparameters(writer: GGUFWriter, config: ModelConfig, quant: str | None) -> None:
+    """Add what a reader must know to compute: sizes, activation, positions, file type unless `quant` is None."""
+    if quant is not None:
+        writer.add_file_type(FILE_TYPES[quant])
     writer.add_quantization_version(QUANTIZATION_VERSION)
     architecture = architecture_of(config)
     if config.sparse:
         writer.add_string(f"{architecture}.base", config.family)
         writer.add_string(f"{architecture}.activation", config.activation)
-        thresholds = config.activation_thresholds
+        thresholds, gate = config.activation_thresholds, config.gate_threshold
         # The oldest version that says it all, so that older releases read what they can.
-        writer.add_uint32(f"{architecture}.format_version", 1 if thresholds is None else 2)
+        writer.add_uint32(f"{architecture}.format_version", 3 if gate else 1 if thresholds is None else 2)
         if thresholds is not None:
             _write_floats(writer, f"{architecture}.activation_threshold", thresholds)
+        if gate:
+            writer.add_float32(f"{architecture}.gate_threshold", gate)
     writer.add_block_count(config.n_layers)
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.hidden_size)

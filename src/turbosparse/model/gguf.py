@@ -30,8 +30,9 @@ from turbosparse.errors import UserError
 
 Value = int | float | bool | str | list[int] | list[float] | list[bool] | list[str]
 
-# PowerInfer's files differ in these four bytes alone; reading them is one more entry here and the names in layout.py.
-MAGICS = frozenset({b"GGUF"})
+MAGIC = b"GGUF"
+POWERINFER_MAGIC = b"PWRI"  # the same container (powerinfer.py)
+MAGICS = frozenset({MAGIC, POWERINFER_MAGIC})
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 ALIGNMENT_RANGE = (8, 1 << 20)
@@ -90,6 +91,7 @@ class GGUFFile:
 
     Attributes:
         path: where it lies.
+        magic: its first four bytes, one of `MAGICS`.
         version: 2 or 3.
         metadata: key to plain Python value; arrays are lists. Text in values that is not UTF-8 is decoded with U+FFFD.
         tensors: name to `GGUFTensor`, in the order of the file.
@@ -98,6 +100,7 @@ class GGUFFile:
     """
 
     path: Path
+    magic: bytes
     version: int
     metadata: dict[str, Value]
     tensors: dict[str, GGUFTensor]
@@ -110,7 +113,7 @@ class GGUFFile:
         self._buffer = buffer
         self.file_bytes = len(buffer)
         cursor = _Cursor(path, buffer)
-        self.version, n_tensors, n_keys = _read_header(cursor)
+        self.magic, self.version, n_tensors, n_keys = _read_header(cursor)
         self._spans: dict[str, tuple[int, int]] = {}
         self.metadata = _read_metadata(cursor, n_keys, self._spans)
         self.alignment = _alignment(cursor, self.metadata)
@@ -250,8 +253,8 @@ class _Cursor:
         return out
 
 
-def _read_header(cursor: _Cursor) -> tuple[int, int, int]:
-    """Version, number of tensors, number of metadata keys."""
+def _read_header(cursor: _Cursor) -> tuple[bytes, int, int, int]:
+    """Magic, version, number of tensors, number of metadata keys."""
     magic = cursor.buffer[cursor.take(4, "the magic") : cursor.position]
     if magic not in MAGICS:
         cursor.fail(f"it starts with {magic!r} instead of b'GGUF'")
@@ -265,7 +268,7 @@ def _read_header(cursor: _Cursor) -> tuple[int, int, int]:
     for what, count, size in (("tensors", n_tensors, _MIN_TENSOR_BYTES), ("keys", n_keys, _MIN_KEY_BYTES)):
         if count > min(MAX_ITEMS, cursor.left // size):
             cursor.fail(f"it claims {count} {what}, more than a file of {len(cursor.buffer)} bytes may hold")
-    return version, n_tensors, n_keys
+    return magic, version, n_tensors, n_keys
 
 
 def _read_metadata(cursor: _Cursor, count: int, spans: dict[str, tuple[int, int]]) -> dict[str, Value]:

@@ -29,7 +29,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from tokenizers.pre_tokenizers import ByteLevel
 
 from turbosparse.errors import UserError
-from turbosparse.model.config import SYNTHETIC_KEY, ModelConfig, Predictor
+from turbosparse.model.config import ModelConfig, Predictor
+from turbosparse.model.config_gguf import SYNTHETIC_KEY
 from turbosparse.model.export import QUANTS, TensorStream, replacing, storage_type
 from turbosparse.model.export_metadata import architecture_of, write_hyperparameters, write_tokenizer
 from turbosparse.model.gguf import GGUFFile, nbytes_of

@@ -69,7 +69,8 @@ class Decoder:
             attended = self._norm(attended, "post_attention_norm")
         stream = stream + attended
         x = self._norm(stream, "ffn_norm")
-        h = ACTIVATIONS[c.activation](x @ w["ffn_gate"].T, x @ w["ffn_up"].T)
+        gate = x @ w["ffn_gate"].T
+        h = ACTIVATIONS[c.activation](torch.where(gate < c.gate_threshold, 0.0, gate), x @ w["ffn_up"].T)
         if c.activation_thresholds is not None:
             h = torch.where(h.abs() < c.activation_thresholds[self._layer], 0.0, h)
         out = h @ w["ffn_down_t"]

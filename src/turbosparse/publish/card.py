@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from turbosparse.evaluate.scores import points
 from turbosparse.model.provenance import Provenance
 from turbosparse.publish.run import Run, Stage
 
@@ -89,10 +90,6 @@ def _quality(run: Run, control: Run | None) -> list[str]:
     return ["## Quality on held-out text", "", *_table(head, (row(label, made) for label, made in models))]
 
 
-def _points(value: float, stderr: float | None) -> str:
-    return f"{100 * value:.2f}" + ("" if stderr is None else f" ± {100 * stderr:.2f}")
-
-
 def _scores(scores: Mapping[str, Any]) -> list[str]:
     compared = "difference" in scores
     head = ["task", "metric", "shots", "score"] + (["control", "difference"] if compared else [])
@@ -100,13 +97,13 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
     def versus(row: Mapping[str, Any]) -> list[str]:
         if not compared:
             return []
-        return [f"{100 * row['against']:.2f}", _points(row["difference"], row["difference_stderr"])]
+        return [f"{100 * row['against']:.2f}", points(row["difference"], row["difference_stderr"])]
 
     rows = [
-        [task["task"], task["metric"], str(task["shots"]), _points(task["value"], task["stderr"]), *versus(task)]
+        [task["task"], task["metric"], str(task["shots"]), points(task["value"], task["stderr"]), *versus(task)]
         for task in scores["tasks"]
     ]
-    rows.append(["average", "", "", _points(scores["average"], scores["average_stderr"]), *versus(scores)])
+    rows.append(["average", "", "", points(scores["average"], scores["average_stderr"]), *versus(scores)])
     note = "Percent, with standard errors; that of a difference is paired, over the same questions."
     return ["## Benchmarks", "", note, "", *_table(head, rows)]
 
