@@ -55,11 +55,13 @@ class Predictor:
         ranks: rows of fc1 in each layer; 0 where a layer has no predictor.
         thresholds: of the scores in each layer, and with experts in each expert of it.
         normed: x is the input of the FFN; else the residual stream before the FFN's norm, as in PowerInfer.
+        recall: share of the sum of |h| that the thresholds were set to keep in every layer, if the file says so.
     """
 
     ranks: tuple[int, ...]
     thresholds: tuple[float, ...]
     normed: bool
+    recall: float | None = None
 
 
 @dataclass(frozen=True)
@@ -402,7 +404,10 @@ def _gguf_predictor(fields: Fields, n_layers: int, ffns: int) -> Predictor | Non
     source = fields.text("predictor.input")
     if source not in PREDICTOR_INPUTS:
         fields.fail(f"the predictor's input {source[:60]!r} is not one of {', '.join(PREDICTOR_INPUTS)}")
-    return Predictor(ranks, thresholds, normed=source == "normed")
+    recall = fields.number("predictor.recall", (0.0, 1.0)) if fields.has("predictor.recall") else None
+    if recall is not None and not 0.0 < recall < 1.0:
+        fields.fail(f"predictor.recall is {recall:g}, which is not between 0 and 1")
+    return Predictor(ranks, thresholds, normed=source == "normed", recall=recall)
 
 
 def _numbers(fields: Fields, key: str, kind: type[_Number], count: int) -> list[_Number]:
