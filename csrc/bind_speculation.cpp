@@ -54,19 +54,20 @@ void bind_speculation(nb::module_& m) {
       },
       "text"_a, "most"_a);
 
-  nb::class_<Plan>(m, "Plan")  // for its tests: a speculation has its own
+  nb::class_<Costs>(m, "Costs")
       .def(nb::init<>())
-      .def("drafts", [](const Plan& self, int64_t found, int64_t most) { return self.drafts(source_of(found), most); })
-      .def("predicted", &Plan::predicted)
-      .def("verified", &Plan::verified)
-      .def("drafted", &Plan::drafted)
-      .def("judged", [](Plan& self, int64_t found, bool came_true) {
-        self.judged(found > 0 ? source_of(found) : Source::predicted, came_true);
-      });
+      .def("verified", &Costs::verified, "rows"_a, "seconds"_a)
+      .def("drafted", &Costs::drafted, "seconds"_a);
+
+  nb::class_<Plan>(m, "Plan")  // for its tests: a speculation has its own
+      .def(nb::init<Costs&>(), "costs"_a, nb::keep_alive<1, 2>())
+      .def("looked_up", &Plan::looked_up, "found"_a, "most"_a)
+      .def("predicted", &Plan::predicted, "most"_a)
+      .def("judged", &Plan::judged, "found"_a, "came_true"_a);
 
   nb::class_<Speculation>(m, "Speculation")
-      .def(nb::init<Forward&, Session&, bool, bool>(), "forward"_a, "session"_a, "predicts"_a, "dense"_a,
-           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+      .def(nb::init<Forward&, Session&, Costs&, bool, bool>(), "forward"_a, "session"_a, "costs"_a, "predicts"_a,
+           "dense"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
       .def("next", &next_tokens, "token"_a, "most"_a, "ends"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
            "repetition_penalty"_a, "seed"_a, "logits"_a)
       .def("follow", &follow, "tokens"_a, "agrees"_a)

@@ -5,48 +5,58 @@
 
 #include <array>
 #include <cstdint>
+#include <mutex>
 
 namespace turbosparse {
 
-// Where a draft comes from: found in the text by the length of what was found, or decoded in predicted mode.
-enum class Source { one_token, two_tokens, few_tokens, many_tokens, predicted };
-inline constexpr int kSources = 5;
+inline constexpr int64_t kMostDrafts = 15;
 
-// Of a lookup that found `length` tokens, at least 1.
-Source source_of(int64_t length);
+// What passes cost, of all sequences of an engine. Safe from several threads.
+class Costs {
+ public:
+  // Seconds of a verification of `rows` tokens, and of one predicted token.
+  void verified(int64_t rows, double seconds);
+  void drafted(double seconds);
+
+  // As they are now; what was not measured is hoped to be cheap, so that it is tried. 0: nothing is known yet.
+  double of_verification(int64_t rows) const;
+  double of_draft() const;
+
+ private:
+  double hoped(int64_t rows) const;
+
+  mutable std::mutex lock_;
+  std::array<double, kMostDrafts + 2> verification_{};  // by rows; 0: not measured
+  double draft_ = 0;
+};
 
 class Plan {
  public:
-  static constexpr int64_t kMostDrafts = 15;
+  explicit Plan(Costs& costs) : costs_(costs) {}
 
-  // Drafts to verify of those that were looked up, at most `most`.
-  int64_t drafts(Source source, int64_t most) const;
-  // Drafts to decode in predicted mode where none were found, at most `most`. Now and then one is asked for only to
+  // Drafts to verify, at most `most`, of those that were looked up by the last `found` tokens, at least 1.
+  int64_t looked_up(int64_t found, int64_t most) const;
+  // Drafts to decode in predicted mode where none are looked up, at most `most`. Now and then one is asked for only to
   // know what they are worth.
   int64_t predicted(int64_t most);
 
-  // What happened: the seconds of a verification of `rows` tokens or of one predicted token, and whether a draft whose
-  // predecessors came true did so itself.
-  void verified(int64_t rows, double seconds);
-  void drafted(double seconds);
-  void judged(Source source, bool came_true);
+  // A draft whose predecessors came true did so itself, or not: one that followed `found` tokens that are in the text
+  // twice, or a predicted one (0).
+  void judged(int64_t found, bool came_true);
 
-  // For tests: always so many of those that are possible, looked up or, where nothing was found, predicted.
-  void fix(int64_t found, int64_t predicted) { fixed_found_ = found, fixed_predicted_ = predicted; }
-
-  // Share of drafts of this source that come true where those before them did, as it is now.
-  double acceptance(Source source) const { return acceptance_[static_cast<int>(source)]; }
+  // For tests: always so many of those that are possible, looked up or, where these are none, predicted.
+  void fix(int64_t looked_up, int64_t predicted) { fixed_looked_up_ = looked_up, fixed_predicted_ = predicted; }
 
  private:
-  double cost(int64_t rows) const;
   // The number of drafts up to `most` with the most expected tokens a second, if each takes `each` seconds to make.
-  int64_t best(Source source, int64_t most, double each) const;
+  int64_t best(int64_t found, int64_t most, double each) const;
 
-  std::array<double, kMostDrafts + 2> seconds_{};  // of a verification, by rows; 0: not measured
-  double predicted_seconds_ = 0;
-  std::array<double, kSources> acceptance_{0.4, 0.6, 0.7, 0.9, 0.9};
-  int64_t unpredicted_ = 0;  // cycles since predicted drafts were tried
-  int64_t fixed_found_ = -1, fixed_predicted_ = -1;
+  Costs& costs_;
+  // Share of the drafts that come true where those before them did: of predicted ones, and of those that are looked up
+  // by 1, 2 to 3, 4 to 7, 8 to 15, 16 and more tokens. To begin with as in docs/experiments.md.
+  std::array<double, 6> acceptance_{0.95, 0.33, 0.57, 0.8, 0.88, 0.96};
+  int64_t unpredicted_ = 0;  // passes since predicted drafts were tried
+  int64_t fixed_looked_up_ = -1, fixed_predicted_ = -1;
 };
 
 }  // namespace turbosparse

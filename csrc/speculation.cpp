@@ -22,13 +22,13 @@ double timed(const Work& work) {
 std::vector<int32_t> Speculation::next(int32_t token, int64_t most, const std::unordered_set<int32_t>& ends,
                                        const SamplingParams& params, float* logits) {
   const int64_t vocab = forward_.vocab(), start = session_.position();
-  const int64_t room = std::min({most - 1, session_.context() - start - 1, Plan::kMostDrafts});
+  const int64_t room = std::min({most - 1, session_.context() - start - 1, kMostDrafts});
   const Draft drafted = draft(token, room, ends, params);
   std::vector<int32_t> rows{token};
   rows.insert(rows.end(), drafted.tokens.begin(), drafted.tokens.end());
   const auto n = static_cast<int64_t>(rows.size());
   logits_.resize(std::max<size_t>(logits_.size(), n * vocab));
-  plan_.verified(n, timed([&] { forward_.extend(session_, rows.data(), n, exact_, false, logits_.data()); }));
+  costs_.verified(n, timed([&] { forward_.extend(session_, rows.data(), n, exact_, false, logits_.data()); }));
   std::vector<int32_t> drawn;
   for (int64_t i = 0; i < n; ++i) {
     drawn.push_back(draw(&logits_[i * vocab], params, start + i + 1, false));
@@ -46,15 +46,12 @@ Speculation::Draft Speculation::draft(int32_t token, int64_t most, const std::un
                                       const SamplingParams& params) {
   std::vector<int32_t> text = session_.tokens();
   text.push_back(token);
-  Draft draft{Source::predicted, {}, {}};
   Found found = lookup(text, std::max<int64_t>(most, 1));
-  if (found.length > 0) {
-    const auto end =
-        std::find_if(found.tokens.begin(), found.tokens.end(), [&](int32_t each) { return ends.count(each) > 0; });
-    draft.source = source_of(found.length);
-    draft.found.assign(found.tokens.begin(), found.tokens.end());
-    const int64_t usable = std::min<int64_t>(most, end - found.tokens.begin());
-    draft.tokens.assign(found.tokens.begin(), found.tokens.begin() + plan_.drafts(draft.source, usable));
+  Draft draft{found.length, std::move(found.tokens), {}};
+  if (draft.found > 0) {
+    const auto begin = draft.foreseen.begin(), end = draft.foreseen.end();
+    const auto last = std::find_if(begin, end, [&](int32_t each) { return ends.count(each) > 0; });
+    draft.tokens.assign(begin, begin + plan_.looked_up(draft.found, std::min<int64_t>(most, last - begin)));
   }
   if (draft.tokens.empty() && predicts_) predict(draft, token, most, ends, params);
   return draft;
@@ -67,14 +64,14 @@ void Speculation::predict(Draft& draft, int32_t token, int64_t most, const std::
   const int64_t start = session_.position(), wanted = plan_.predicted(most);
   if (wanted == 0) return;
   logits_.resize(std::max<size_t>(logits_.size(), forward_.vocab()));
-  draft.source = Source::predicted;
   for (int64_t i = 0; i < wanted; ++i) {
-    plan_.drafted(timed([&] { forward_.extend(session_, &token, 1, Mode::predicted, true, logits_.data()); }));
+    costs_.drafted(timed([&] { forward_.extend(session_, &token, 1, Mode::predicted, true, logits_.data()); }));
     token = draw(logits_.data(), params, start + i + 1, true);
     if (ends.count(token) > 0) break;
     draft.tokens.push_back(token);
   }
-  draft.found = draft.tokens;
+  draft.found = 0;
+  draft.foreseen = draft.tokens;
   session_.truncate(start);
 }
 
@@ -97,11 +94,11 @@ void Speculation::judge(const Draft& draft, const std::vector<int32_t>& drawn) {
   const int64_t right = same.first - drawn.begin();
   ++drafting_.verifications;
   drafting_.tokens += static_cast<int64_t>(drawn.size());
-  (draft.source == Source::predicted ? drafting_.predicted : drafting_.looked_up) += n;
-  (draft.source == Source::predicted ? drafting_.predicted_right : drafting_.looked_up_right) += right;
-  for (size_t i = 0; i < std::min(draft.found.size(), drawn.size()); ++i) {
-    const bool came_true = draft.found[i] == drawn[i];
-    plan_.judged(draft.source, came_true);
+  (draft.found == 0 ? drafting_.predicted : drafting_.looked_up) += n;
+  (draft.found == 0 ? drafting_.predicted_right : drafting_.looked_up_right) += right;
+  for (size_t i = 0; i < std::min(draft.foreseen.size(), drawn.size()); ++i) {
+    const bool came_true = draft.foreseen[i] == drawn[i];
+    plan_.judged(draft.found > 0 ? draft.found + static_cast<int64_t>(i) : 0, came_true);
     if (!came_true) break;
   }
 }

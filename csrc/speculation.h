@@ -32,8 +32,13 @@ struct Script {
 class Speculation {
  public:
   // `predicts`: drafts may be decoded in predicted mode too. `dense`: the model has no exact mode but dense.
-  Speculation(Forward& forward, Session& session, bool predicts, bool dense)
-      : forward_(forward), session_(session), predicts_(predicts), exact_(dense ? Mode::dense : Mode::exact) {}
+  Speculation(Forward& forward, Session& session, Costs& costs, bool predicts, bool dense)
+      : forward_(forward),
+        session_(session),
+        costs_(costs),
+        plan_(costs),
+        predicts_(predicts),
+        exact_(dense ? Mode::dense : Mode::exact) {}
 
   // Read `token`, which was drawn last; returns those that exact decoding draws after it, at least 1 and at most
   // `most`, and none after one of `ends`. The session then holds `token` and all of these but the last, and `logits`
@@ -48,9 +53,9 @@ class Speculation {
 
  private:
   struct Draft {
-    Source source;
-    std::vector<int32_t> found;   // may be longer than what is verified: watching the rest costs nothing
-    std::vector<int32_t> tokens;  // to verify
+    int64_t found;                  // tokens that were looked up; 0: predicted
+    std::vector<int32_t> foreseen;  // may be longer than what is verified: watching the rest costs nothing
+    std::vector<int32_t> tokens;    // to verify
   };
   Draft draft(int32_t token, int64_t most, const std::unordered_set<int32_t>& ends, const SamplingParams& params);
   void predict(Draft& draft, int32_t token, int64_t most, const std::unordered_set<int32_t>& ends,
@@ -60,9 +65,10 @@ class Speculation {
 
   Forward& forward_;
   Session& session_;
+  Costs& costs_;
+  Plan plan_;
   bool predicts_;
   Mode exact_;
-  Plan plan_;
   Drafting drafting_;
   Script script_;
   std::vector<float> logits_;  // [rows, vocab]

@@ -200,44 +200,55 @@ def test_lookup_finds_the_latest_of_the_longest_ends(text, most):
     assert _native.lookup(text, most) == slow_lookup(text, most)
 
 
+def plan_with(single: float, others: float | None = None):
+    costs = _native.Costs()
+    for _ in range(60):
+        for rows in range(1, 17) if others is not None else (1,):
+            costs.verified(rows, single if rows == 1 else others)
+    return costs, _native.Plan(costs)
+
+
 def test_the_plan_weighs_acceptance_against_cost():
-    plan = _native.Plan()
-    assert plan.drafts(9, 15) == 0 == plan.predicted(0)  # a single token's cost comes first
-    for rows in range(1, 17):
-        plan.verified(rows, 0.010 if rows < 4 else 0.004 * rows)  # the fourth row costs
-    assert plan.drafts(9, 15) == 2 and plan.drafts(9, 1) == 1
+    plan = _native.Plan(_native.Costs())
+    assert plan.looked_up(9, 15) == 0 == plan.predicted(4)  # a single token's cost comes first
+    _, plan = plan_with(0.010, 0.011)  # one more is nearly free
+    assert plan.looked_up(9, 15) == 15 and plan.looked_up(9, 4) == 4 and plan.looked_up(1, 0) == 0
+    _, plan = plan_with(0.010, 0.019)
+    assert plan.looked_up(1, 3) == 0 < plan.looked_up(9, 3)  # what was found by one token is seldom right
     for _ in range(200):
         plan.judged(9, False)
-    assert plan.drafts(9, 15) == 2  # they cost nothing, so they may be as bad as they like
-    for rows in range(2, 17):
-        for _ in range(60):
-            plan.verified(rows, 0.02)
-    assert plan.drafts(9, 15) == 0
+    assert plan.looked_up(9, 1) == 0 < plan.looked_up(17, 1)  # lookups of other lengths have their own account
     for _ in range(200):
+        plan.judged(1, True)
+        plan.judged(2, True)
+        plan.judged(4, True)
         plan.judged(9, True)
-    assert plan.drafts(9, 15) == 15 and plan.drafts(1, 15) < 15  # other lookups have their own account
+    assert plan.looked_up(1, 15) == 15
 
 
-def test_predicted_drafts_are_made_where_they_pay_and_tried_where_they_do_not():
-    plan = _native.Plan()
-    plan.verified(1, 0.010)
-    assert plan.predicted(4) == 1  # to learn what one costs
-    plan.drafted(0.001)
-    for rows in range(2, 17):
-        plan.verified(rows, 0.011)
-    assert plan.predicted(4) == 4
-    for _ in range(60):
-        plan.drafted(0.009)
-    tried = [plan.predicted(4) for _ in range(256)]
-    assert tried.count(1) == 2 and tried.count(0) == 254
+def test_verifications_that_were_not_measured_are_hoped_to_be_cheap():
+    costs, plan = plan_with(0.010)
+    assert plan.looked_up(16, 15) > 4
+    costs.verified(2, 0.010)
+    for rows in range(3, 17):
+        costs.verified(rows, 0.100)
+    assert plan.looked_up(16, 15) == 1
 
 
 def test_a_verification_that_was_slow_once_is_tried_again():
-    plan = _native.Plan()
+    costs, plan = plan_with(0.010, 0.200)
+    assert plan.looked_up(16, 15) == 0
+    for _ in range(600):
+        costs.verified(1, 0.010)
+    assert plan.looked_up(16, 15) > 0
+
+
+def test_predicted_drafts_are_made_where_they_pay_and_tried_where_they_do_not():
+    costs, plan = plan_with(0.010, 0.011)
+    assert plan.predicted(4) == 1  # to learn what one costs
+    costs.drafted(0.001)
+    assert plan.predicted(4) == 4 and plan.predicted(0) == 0
     for _ in range(60):
-        for rows in range(1, 17):
-            plan.verified(rows, 0.010 if rows == 1 else 0.200)
-    assert plan.drafts(9, 15) == 0
-    for _ in range(400):
-        plan.verified(1, 0.010)
-    assert plan.drafts(9, 15) > 0
+        costs.drafted(0.012)
+    tried = [plan.predicted(4) for _ in range(256)]
+    assert tried.count(1) == 2 and tried.count(0) == 254

@@ -255,8 +255,8 @@ class Session:
     def _ahead(self) -> _native.Speculation:
         if self._speculation is None:
             engine = self._engine
-            predicts = "predicted" in engine.modes
-            self._speculation = _native.Speculation(engine._forward, self._native, predicts, not engine.config.sparse)
+            predicts, dense = "predicted" in engine.modes, not engine.config.sparse
+            self._speculation = _native.Speculation(engine._forward, self._native, engine._costs, predicts, dense)
         return self._speculation
 
     def _check(self, tokens: Sequence[int], mode: str) -> None:
@@ -304,6 +304,7 @@ class Engine:
         self.automatic_modes = _AUTOMATIC if config.predictor is not None else _AUTOMATIC[:1]
         self._model = model
         self._forward = _native.Forward(model)
+        self._costs = _native.Costs()  # of mode lossless
 
     @classmethod
     def load(
