@@ -134,9 +134,17 @@ Mode Forward::mode_of(const Pass& pass, int64_t row, int64_t layer) const {
   return mode == Mode::predicted && !model_->layers()[layer].predicts() ? Mode::exact : mode;
 }
 
+// Whether a pass shows what the predictor of a layer misses.
+bool Forward::audits(const Pass& pass, int64_t layer) const {
+  if (!pass.audit) return false;
+  Pass again = pass;
+  again.mode = pass.audited;
+  return mode_of(again, 0, layer) == Mode::predicted;
+}
+
 bool Forward::scores_wanted(const Pass& pass, int64_t index) const {
   if (!model_->layers()[index].predicts()) return false;
-  bool wanted = counts_ != nullptr;
+  bool wanted = counts_ != nullptr || audits(pass, index);
   for (int64_t t = 0; t < pass.n; ++t) {
     const bool counting = pass.mode == Mode::automatic_predicted && pass.rows[t].session->choice_.counting();
     wanted = wanted || counting || mode_of(pass, t, index) == Mode::predicted;
@@ -188,7 +196,7 @@ void Forward::neuron_block(Scratch& s, const Pass& pass, int64_t index, const Ro
   if (at.all_ups) product(s, ffn.up, first, last, x, s.up.data() - first, size);
   if (pass.n > 1) std::fill(s.seen.begin(), s.seen.end(), uint8_t{0});
   for (int64_t t = 0; t < pass.n; ++t) {
-    if (counts_) count_row(s, at, t);
+    if (counts_) count_row(s, pass, at, t);
     fire(s, pass, at, t, x);
   }
   if (sums_together(pass, ffn.down)) {
@@ -200,7 +208,7 @@ void Forward::neuron_block(Scratch& s, const Pass& pass, int64_t index, const Ro
 // The neurons of a row that fire, added to its partial sum.
 void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x) {
   const Mode mode = mode_of(pass, row, at.index);
-  const int64_t selected = at.scores ? select(s, at, row) : 0;
+  const int64_t selected = at.scores ? select(s, pass, at, row) : 0;
   const int64_t open = open_gates(s, pass, at, row, x, mode == Mode::predicted ? selected : -1);
   if (at.all_ups) {
     const float* up = &s.up[row * model_->neuron_block()];
@@ -220,6 +228,13 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
     s.listed[active] = static_cast<int32_t>(at.first) + s.open[i];
     s.value[active] = h;
     active += h != 0;
+  }
+  if (audits(pass, at.index)) {
+    const float* margin = &s.prediction[row * model_->neuron_block()];
+    for (int64_t i = 0; i < active; ++i) {
+      const int64_t neuron = s.listed[i];
+      pass.audit->note(at.index, at.slot + row, neuron, margin[neuron - at.first], s.value[i]);
+    }
   }
   s.traffic.active_neurons += active;
   s.traffic.open_gates += open;
@@ -277,10 +292,11 @@ int64_t Forward::keep_open(Scratch& s, int64_t n) const {
   return open;
 }
 
-// s.open = the neurons whose score reaches the threshold, counted from at.first. Returns how many.
-int64_t Forward::select(Scratch& s, const Neurons& at, int64_t row) {
+// s.open = the neurons whose score reaches the threshold, counted from at.first, and their scores less the number
+// before it. Returns how many.
+int64_t Forward::select(Scratch& s, const Pass& pass, const Neurons& at, int64_t row) {
   // score >= threshold is score > the number before it, and the difference of two floats is positive where they differ.
-  const float below = std::nextafter(at.ffn.threshold, -INFINITY);
+  const float below = std::nextafter(pass.rows[row].session->audit_.threshold(at.index, at.expert), -INFINITY);
   float* score = &s.prediction[row * model_->neuron_block()];
   for (int64_t i = 0; i < at.n; ++i) score[i] -= below;
   return kernels_.positive(score, at.n, s.open.data());
@@ -319,10 +335,11 @@ void Forward::count_read(Scratch& s, const Pass& pass, const Neurons& at, int64_
 }
 
 // What the neurons of a row do, and what the predictor says of them; every gate and up is known.
-void Forward::count_row(Scratch& s, const Neurons& at, int64_t row) {
+void Forward::count_row(Scratch& s, const Pass& pass, const Neurons& at, int64_t row) {
   const int64_t offset = row * model_->neuron_block();
   const int64_t base = (at.index * config_.ffns() + at.expert) * config_.ffn + at.first;
   const bool relu_up = config_.activation == Activation::drelu;
+  const float threshold = pass.rows[row].session->audit_.threshold(at.index, at.expert);
   for (int64_t i = 0; i < at.n; ++i) {
     const float gate = s.gate[offset + i], up = s.up[offset + i];
     const bool fires = opens(gate) && (!relu_up || up > 0) && above(gate * up, at.ffn.least_value) != 0;
@@ -330,7 +347,7 @@ void Forward::count_row(Scratch& s, const Neurons& at, int64_t row) {
     counts_->up[base + i] += up > 0;
     counts_->h[base + i] += fires;
     if (at.ffn.fc1.rows == 0) continue;
-    const bool selected = s.prediction[offset + i] >= at.ffn.threshold;
+    const bool selected = s.prediction[offset + i] >= threshold;
     counts_->selected[base + i] += selected;
     counts_->hit[base + i] += selected && fires;
   }

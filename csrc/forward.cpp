@@ -72,7 +72,7 @@ void Forward::read(Session& session, const int32_t* tokens, int64_t n, Mode mode
     for (int64_t t = 0; t < size; ++t) rows[t] = {&session, session.position_ + t, tokens[done + t]};
     const int64_t n_logits = all_logits ? size : (done + size == n ? 1 : 0);
     run(Pass{rows, size, mode, n_logits, logits + (all_logits ? done * config_.vocab : 0), false});
-    session.advance(size);
+    session.advance(tokens + done, size);
   }
 }
 
@@ -93,16 +93,54 @@ void Forward::decode(Session* const* sessions, const int32_t* tokens, int64_t n,
       rows[t] = {sessions[done + t], sessions[done + t]->position_, tokens[done + t]};
       if (automatic(mode)) rows[t].session->choice_.begin_token(mode == Mode::automatic_predicted);
     }
+    const std::vector<int64_t> audited = audit(rows, size, mode);
     run(Pass{rows, size, mode, size, logits + done * config_.vocab, true});
+    for (size_t i = 0; i < audited.size(); ++i) {
+      const Row& row = rows[audited[i]];
+      row.session->audit_.close(row.position, &audited_[i * config_.vocab],
+                                logits + (done + audited[i]) * config_.vocab, config_.vocab);
+    }
     for (int64_t t = 0; t < size; ++t) {
-      rows[t].session->advance(1);
+      rows[t].session->advance(tokens + done + t, 1);
       if (automatic(mode)) rows[t].session->choice_.finish_token();
     }
   }
 }
 
+void Forward::extend(Session& session, const int32_t* tokens, int64_t n, Mode mode, bool draft, float* logits) {
+  if (n < 1 || n > kMostRows) throw std::invalid_argument("one to kMostRows tokens");
+  for (int64_t i = 0; i < n; ++i) check(tokens[i]);
+  const std::lock_guard<std::mutex> lock(model_->busy());
+  check(session, n, mode);
+  Row rows[kMostRows];
+  for (int64_t t = 0; t < n; ++t) rows[t] = {&session, session.position_ + t, tokens[t]};
+  run(Pass{rows, n, mode, n, logits, true, draft});
+  session.advance(tokens, n);
+}
+
+// Run the rows that are to be audited exactly, for their audits and into audited_; returns which they are. Their keys
+// and values are those of these passes until the pass that follows has written its own.
+std::vector<int64_t> Forward::audit(const Row* rows, int64_t n, Mode mode) {
+  std::vector<int64_t> audited;
+  if (mode != Mode::predicted && mode != Mode::automatic_predicted) return audited;
+  for (int64_t t = 0; t < n; ++t) {
+    Audit& audit = rows[t].session->audit_;
+    const Pass predicting{rows, n, mode, 0, nullptr, true};
+    bool predicted = false;
+    for (int64_t layer = 0; layer < config_.layers; ++layer) {
+      predicted = predicted || mode_of(predicting, t, layer) == Mode::predicted;
+    }
+    if (!predicted || !audit.due(rows[t].position)) continue;
+    audited.push_back(t);
+    audited_.resize(std::max(audited_.size(), audited.size() * config_.vocab));
+    audit.open();
+    run(Pass{&rows[t], 1, Mode::exact, 1, &audited_[(audited.size() - 1) * config_.vocab], true, true, mode, &audit});
+  }
+  return audited;
+}
+
 void Forward::run(const Pass& pass) {
-  counts_ = model_->counts();
+  counts_ = pass.audit ? nullptr : model_->counts();
   int64_t cells = 0, longest = 0;
   for (int64_t t = 0; t < pass.n; ++t) {
     const Session& session = *pass.rows[t].session;
@@ -122,10 +160,9 @@ void Forward::run(const Pass& pass) {
   model_->pace().report(model_->team().stalled());
   if (counts_) counts_->tokens += pass.n;
   if (!pass.decode) return;
-  Traffic& traffic = model_->traffic();
-  traffic.tokens += pass.n;
-  traffic.bytes += pass.n * model_->embedding().row_bytes;
-  for (const Scratch& s : scratch_) traffic += s.traffic;
+  Traffic cost{pass.n, pass.n * model_->embedding().row_bytes};
+  for (const Scratch& s : scratch_) cost += s.traffic;
+  model_->traffic() += pass.draft ? Traffic{0, cost.bytes} : cost;
 }
 
 void Forward::layers(Member& member, const Pass& pass) {

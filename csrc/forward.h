@@ -29,6 +29,11 @@ class Forward {
   // Run one token of each of `n` different sequences, and count what that costs. logits: [n, vocab]. Throws as read().
   void decode(Session* const* sessions, const int32_t* tokens, int64_t n, Mode mode, float* logits);
 
+  // Run `n` tokens of a sequence that is being continued, at most kMostRows, each as decode() would: what several of
+  // them need is read once. Of a `draft`, whose tokens will be run again, only the bytes are counted. logits: [n,
+  // vocab]. Throws as read().
+  void extend(Session& session, const int32_t* tokens, int64_t n, Mode mode, bool draft, float* logits);
+
   int64_t vocab() const { return config_.vocab; }
 
  private:
@@ -82,7 +87,10 @@ class Forward {
     Mode mode;
     int64_t n_logits;  // after the last rows
     float* logits;
-    bool decode;  // rows of sequences that are being continued, not of a prompt
+    bool decode;                 // rows of sequences that are being continued, not of a prompt
+    bool draft = false;          // its tokens will be run again
+    Mode audited = Mode::exact;  // how the only row will be run again
+    Audit* audit = nullptr;      // that this pass is for
   };
   // A block of a sparse FFN at work: neurons [first, first + n) of an FFN of layer `index`, for the rows from `slot`
   // on.
@@ -96,9 +104,11 @@ class Forward {
   void check(const Session& session, int64_t n, Mode mode) const;
   void check(int32_t token) const;
   Mode mode_of(const Pass& pass, int64_t row, int64_t layer) const;
+  bool audits(const Pass& pass, int64_t layer) const;
   bool scores_wanted(const Pass& pass, int64_t index) const;
   bool opens(float gate) const { return gate > 0 && gate >= config_.gate_threshold; }
   void run(const Pass& pass);
+  std::vector<int64_t> audit(const Row* rows, int64_t n, Mode mode);
   void layers(Member& member, const Pass& pass);
   void embed(Member& member, const Pass& pass);
   void head(Member& member, const Pass& pass);
@@ -138,11 +148,11 @@ class Forward {
   void fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x);
   int64_t open_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t selected);
   int64_t keep_open(Scratch& s, int64_t n) const;
-  int64_t select(Scratch& s, const Neurons& at, int64_t row);
+  int64_t select(Scratch& s, const Pass& pass, const Neurons& at, int64_t row);
   void list_open(Scratch& s, const Neurons& at, int64_t n);
   int64_t list_every(Scratch& s, const Neurons& at, int64_t active);
   void count_read(Scratch& s, const Pass& pass, const Neurons& at, int64_t n, const Matrix& w, int which);
-  void count_row(Scratch& s, const Neurons& at, int64_t row);
+  void count_row(Scratch& s, const Pass& pass, const Neurons& at, int64_t row);
   void reduce_blocks(Member& member, int64_t slots);
   float* partial_of(int64_t slot, int64_t block) {
     return reinterpret_cast<float*>(partial_.data()) + (slot * model_->neuron_blocks() + block) * config_.hidden;
@@ -158,7 +168,8 @@ class Forward {
   std::vector<float> cosine_, sine_, cosine_local_, sine_local_;
   InputRoom shared_[kRooms];
   std::vector<Scratch> scratch_;
-  Counts* counts_ = nullptr;  // the model's, while it counts
+  std::vector<float> audited_;  // [audited rows, vocab]: the exact logits
+  Counts* counts_ = nullptr;    // the model's, while it counts
   std::atomic<int64_t> next_block_{0};
 };
 

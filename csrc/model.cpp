@@ -196,7 +196,6 @@ void Model::finish() {
       if (!config_.activation_thresholds.empty()) ffn.least_value = config_.activation_thresholds[i];
       if (config_.predictor_ranks.empty()) continue;
       whole = whole && (config_.predictor_ranks[i] > 0) == (ffn.fc1.rows && ffn.fc2.rows);
-      ffn.threshold = config_.predictor_thresholds[i * l.ffns.size() + e];
     }
     if (!whole) fail("a tensor of layer " + std::to_string(i) + " is missing");
     // Outputs of experts are added to the stream one by one.

@@ -55,7 +55,6 @@ struct Config {
 struct Ffn {
   Matrix gate, up, down;  // down is [ffn, hidden] (neuron by neuron) in a sparse model, else [hidden, ffn]
   Matrix fc1, fc2;        // the predictor, [rank, hidden] and [ffn, rank]; no rows where there is none
-  float threshold = 0;    // of the predictor's scores
   float least_value = 0;  // a smaller |h| becomes zero
 };
 

@@ -19,7 +19,8 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 
-void bind_kernels(nb::module_& m);  // bind_kernels.cpp
+void bind_kernels(nb::module_& m);      // bind_kernels.cpp
+void bind_speculation(nb::module_& m);  // bind_speculation.cpp
 
 namespace turbosparse {
 namespace {
@@ -155,6 +156,18 @@ std::vector<std::string> choices(const Session& session) {
   return names;
 }
 
+// What the audit of a session found: (position, recall, kept, kl) of every token, (fired, hit, mass, kept) of every
+// layer, and (position, layer, kept, by) of every move.
+nb::tuple audit_of(const Session& session) {
+  nb::list tokens, layers, moves;
+  for (const Verdict& v : session.audit().verdicts()) {
+    tokens.append(nb::make_tuple(v.position, v.recall, v.kept, v.kl));
+  }
+  for (const LayerVerdict& v : session.audit().layers()) layers.append(nb::make_tuple(v.fired, v.hit, v.mass, v.kept));
+  for (const Move& m : session.audit().moves()) moves.append(nb::make_tuple(m.position, m.layer, m.kept, m.by));
+  return nb::make_tuple(tokens, layers, moves);
+}
+
 int64_t read_counts(Model& model, Counters routed, Counters gate, Counters up, Counters h, Counters selected,
                     Counters hit, bool reset) {
   const nb::gil_scoped_release unlocked;
@@ -265,7 +278,10 @@ NB_MODULE(_native, m) {
           },
           "model"_a, "context"_a, "cache_type"_a)
       .def("truncate", &Session::truncate, "position"_a)
+      .def("begin_audit", &Session::begin_audit, "share"_a, "seed"_a, "promised"_a)
+      .def_prop_ro("audit", &audit_of)
       .def_prop_ro("position", &Session::position)
+      .def_prop_ro("tokens", &Session::tokens)
       .def_prop_ro("context", &Session::context)
       .def_prop_ro("cache_bytes", &Session::cache_bytes)
       .def_prop_ro("choices", &choices);
@@ -285,5 +301,6 @@ NB_MODULE(_native, m) {
       },
       "logits"_a, "history"_a, "position"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a,
       "seed"_a);
+  bind_speculation(m);
   bind_kernels(m);
 }

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "audit.h"
 #include "choice.h"
 #include "kv_cache.h"
 #include "model.h"
@@ -23,12 +24,16 @@ class Session {
       : model_(std::move(model)),
         context_(context < 1 ? throw std::invalid_argument("the context must hold at least one token") : context),
         cache_(model_->config(), model_->kernels(), cache_type, context, kMostRows),
-        choice_(model_->config().ffns_used() * model_->config().ffn, model_->predictor_costs()) {}
+        choice_(model_->config().ffns_used() * model_->config().ffn, model_->predictor_costs()),
+        audit_(model_->config()) {}
 
   int64_t position() const { return position_; }
+  const std::vector<int32_t>& tokens() const { return tokens_; }  // that it holds
   int64_t context() const { return context_; }
   size_t cache_bytes() const { return cache_.bytes(); }
   const Choice& choice() const { return choice_; }
+  const Audit& audit() const { return audit_; }
+  void begin_audit(double share, uint64_t seed, double promised) { audit_.begin(share, seed, promised); }
   size_t layers() const { return model_->layers().size(); }
   // Forget all tokens from `position` on; what is kept has the bits that it had. Where a sliding layer has given up the
   // cells that the next token would need, everything is forgotten. Returns the position reached.
@@ -36,15 +41,18 @@ class Session {
 
  private:
   friend class Forward;
-  void advance(int64_t tokens) {
-    position_ += tokens;
+  void advance(const int32_t* tokens, int64_t n) {
+    tokens_.insert(tokens_.end(), tokens, tokens + n);
+    position_ += n;
     furthest_ = std::max(furthest_, position_);
   }
   std::shared_ptr<Model> model_;
   int64_t context_, position_ = 0;
+  std::vector<int32_t> tokens_;
   int64_t furthest_ = 0;  // the highest position since everything was forgotten: how far cells may be overwritten
   KvCache cache_;
   Choice choice_;  // of the automatic modes
+  Audit audit_;    // of predicted mode, with the thresholds
 };
 
 }  // namespace turbosparse

@@ -175,6 +175,7 @@ class TinyPredictor:
 
     layers: list[tuple[np.ndarray, np.ndarray, float | np.ndarray] | None]
     normed: bool
+    recall: float | None = None
 
 
 def add_predictor(source: Path, out: Path, predictor: TinyPredictor, kind: gguf.GGMLQuantizationType) -> Path:
@@ -188,6 +189,8 @@ def add_predictor(source: Path, out: Path, predictor: TinyPredictor, kind: gguf.
         thresholds = [np.broadcast_to(0.0 if layer is None else layer[2], experts) for layer in predictor.layers]
         writer.add_array("turbosparse.predictor.threshold", np.concatenate(thresholds).tolist())
         writer.add_string("turbosparse.predictor.input", "normed" if predictor.normed else "residual")
+        if predictor.recall is not None:
+            writer.add_float32("turbosparse.predictor.recall", predictor.recall)
         for name, tensor in file.tensors.items():
             rows = tensor.data.reshape(*tensor.shape[:-1], -1)
             writer.add_tensor(name, rows if tensor.type != 0 else rows.view(np.float32), raw_dtype=tensor.type)

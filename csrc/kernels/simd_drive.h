@@ -33,7 +33,8 @@ struct Rows {
 };
 
 // One vector meets short rows four at a time (they share its loads and the end of their sums), long ones one after the
-// other: memory serves one stream faster than four.
+// other: memory serves one stream faster than four. So do the first of few vectors: those after them find the rows in
+// the cache.
 inline constexpr int kTallRows = 4;
 inline constexpr int64_t kLongRow = 1024;           // bytes
 inline constexpr int64_t kBlockBytes = 640 * 1024;  // rows that stay in the second-level cache over all vectors
@@ -136,7 +137,11 @@ static void dot_vectors(const Matrix& w, int64_t first, int64_t last, const Vect
   const typename Tile::template Input<N> input(w, x, v);
   out += v * stride;
   if constexpr (N > 1) {
-    dot_rows<Tile, Tile::kWideRows, N>(w, first, last, input, out, stride);
+    if (v == 0 && x.count <= 2 * Tile::kVectors && w.row_bytes > kLongRow) {
+      dot_rows<Tile, 1, N>(w, first, last, input, out, stride);
+    } else {
+      dot_rows<Tile, Tile::kWideRows, N>(w, first, last, input, out, stride);
+    }
   } else if (w.row_bytes > kLongRow) {
     dot_rows<Tile, 1, 1>(w, first, last, input, out, stride);
   } else {
@@ -158,6 +163,12 @@ static void dot_range(const Matrix& w, int64_t first, int64_t last, const Vector
   if (x.count == 1) {
     dot_vectors<Tile, 1>(w, first, last, x, 0, out, stride);
     return;
+  }
+  if constexpr (Tile::kVectors > 3) {
+    if (x.count == 3 && w.row_bytes > kLongRow) {
+      dot_vectors<Tile, 3>(w, first, last, x, 0, out, stride);
+      return;
+    }
   }
   const int64_t fit = kBlockBytes / w.row_bytes / kTallRows * kTallRows;
   const int64_t step = fit > kTallRows ? fit : kTallRows;

@@ -51,8 +51,8 @@ def generate(
         prompt: plain text; what looks like a control token in it is text.
         max_tokens: at most this many.
         params: how tokens are drawn; default: always the likeliest.
-        mode: "dense" or "exact", which give the same text, or "predicted" where the file holds predictors; default:
-            auto, which is whichever of the first two costs less.
+        mode: "dense", "exact" or "lossless" (exact from verified drafts), which give the same text, or "predicted"
+            where the file holds predictors; default: auto, which is whichever of the first two costs less.
         stop: strings that end the text; they are not part of it.
 
     Raises:

@@ -147,7 +147,19 @@ def test_listed_rows_equal_a_range(isa, type, rows, cols):
 
 
 @isa
-@pytest.mark.parametrize(("type", "cols"), [("q4_0", 96), ("q4_0", 1536), ("q8_0", 576), ("f16", 33), ("f32", 64)])
+@pytest.mark.parametrize(
+    ("type", "cols"),
+    [
+        ("q4_0", 96),
+        ("q4_0", 1536),
+        ("q4_0", 2080),
+        ("q8_0", 576),
+        ("q8_0", 1536),
+        ("f16", 33),
+        ("f16", 576),
+        ("f32", 64),
+    ],
+)
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 7, 8, 9, 17, 33])
 def test_many_vectors_equal_one_at_a_time(isa, type, cols, count):
     rng, _, packed = case(isa, type, 33, cols)

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 from agreement import logits_error
+from factories import TinyPredictor, add_predictor, random_predictor
+from gguf import GGMLQuantizationType
 
-from turbosparse.engine import Engine, SamplingParams
+from turbosparse.engine import LOSSLESS, Engine, SamplingParams, draw_tokens
+from turbosparse.evaluate.windows import engine_windows
+from turbosparse.model.config import ModelConfig
 from turbosparse.model.gguf import GGUFFile
 from turbosparse.model.quantize import dequantize
 from turbosparse.relufy.drelu import TurboSparseLlamaConfig, TurboSparseLlamaForCausalLM
@@ -64,6 +68,48 @@ def test_modes_and_threads_write_the_same_text():
 @pytest.mark.models  # a minute or two: the same at full length
 def test_modes_and_threads_write_the_same_256_tokens_on_20_prompts():
     check_modes(PROMPTS, 256)
+
+
+def lossless_texts(path: Path, prompts: list[list[int]], count: int, params: SamplingParams) -> int:
+    """How many tokens came of verifications beside the first of each; every text must be that of exact mode."""
+    engine = Engine.load(path)
+    drafted = 0
+    for prompt in prompts:
+        exact, ours = engine.session(256), engine.session(256)
+        exact.prefill(prompt, "exact")
+        ours.prefill(prompt, LOSSLESS)
+        assert list(draw_tokens(ours, params, count, LOSSLESS)) == list(draw_tokens(exact, params, count, "exact"))
+        drafted += ours.drafting.looked_up_right + ours.drafting.predicted_right
+    return drafted
+
+
+def sample_prompts(count: int) -> list[list[int]]:
+    """32 tokens each, from all over the sample text."""
+    engine = Engine.load(MODEL)
+    tokens = [token for piece in engine_windows(engine, ROOT / "examples" / "sample.jsonl") for token in piece]
+    step = (len(tokens) - 32) // count
+    return [tokens[index * step : index * step + 32] for index in range(count)]
+
+
+def with_predictors(out: Path) -> Path:
+    """The model with predictors that know nothing, so that many drafts are wrong."""
+    with GGUFFile.open(MODEL) as file:
+        config = ModelConfig.from_gguf(file)
+    predictor = random_predictor(config.n_layers, config.hidden_size, config.ffn_size, 32, True)
+    layers = [layer if index % 6 == 0 else None for index, layer in enumerate(predictor.layers)]
+    return add_predictor(MODEL, out, TinyPredictor(layers, True), GGMLQuantizationType.Q4_0)
+
+
+def test_lossless_writes_what_exact_writes():
+    assert lossless_texts(MODEL, sample_prompts(3), 48, SamplingParams()) > 0
+
+
+@pytest.mark.models  # some minutes
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("predictors", [False, True])
+def test_lossless_writes_the_same_128_tokens_on_100_prompts(temperature, predictors, tmp_path):
+    path = with_predictors(tmp_path / "m.gguf") if predictors else MODEL
+    assert lossless_texts(path, sample_prompts(100), 128, SamplingParams(temperature, seed=9)) > 0
 
 
 def _reference() -> TurboSparseLlamaForCausalLM:

@@ -9,7 +9,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from turbosparse.engine import AuditReport, Drafting
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,7 @@ class Sample:
 
     `bytes_read` counts the weights read while decoding, `zeros` is the sparsity of h and `selected` the share of
     neurons that predictors selected while decoding (0..1); None where a contestant cannot tell or has no predictor.
+    `drafting` is what mode lossless did, `audit` what predicted mode's audit found.
     """
 
     prompt_tokens: int
@@ -27,6 +33,8 @@ class Sample:
     bytes_read: int | None = None
     zeros: float | None = None
     selected: float | None = None
+    drafting: Drafting | None = None
+    audit: AuditReport | None = None
 
 
 class Contestant(Protocol):
@@ -42,7 +50,11 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """The medians of one contestant; speeds in tokens/s, `gb_s` in 10^9 bytes of weights per second of decoding."""
+    """The medians of one contestant; speeds in tokens/s, `gb_s` in 10^9 bytes of weights per second of decoding.
+
+    `lossless` is what that mode did in all passes, as `Drafting.to_json` has it; `audit` is that of predicted mode over
+    all passes, as `AuditReport.to_json` has it. Both are None for other modes.
+    """
 
     mode: str
     prefill_tok_s: float
@@ -51,6 +63,8 @@ class Run:
     gb_s: float | None
     sparsity: float | None
     selected: float | None = None
+    lossless: dict[str, Any] | None = None
+    audit: dict[str, Any] | None = None
 
 
 def summarize(mode: str, samples: Sequence[Sample]) -> Run:
@@ -60,6 +74,8 @@ def summarize(mode: str, samples: Sequence[Sample]) -> Run:
     zeros = [sample.zeros for sample in samples if sample.zeros is not None]
     selected = [sample.selected for sample in samples if sample.selected is not None]
     bytes_per_token = statistics.median(read) if read else None
+    drafting = [sample.drafting for sample in samples if sample.drafting is not None]
+    audits = [sample.audit for sample in samples if sample.audit is not None]
     return Run(
         mode=mode,
         prefill_tok_s=statistics.median(sample.prompt_tokens / sample.prefill_seconds for sample in samples),
@@ -68,6 +84,8 @@ def summarize(mode: str, samples: Sequence[Sample]) -> Run:
         gb_s=None if bytes_per_token is None else bytes_per_token * decode / 1e9,
         sparsity=statistics.median(zeros) if zeros else None,
         selected=statistics.median(selected) if selected else None,
+        lossless=reduce(add, drafting).to_json() if drafting else None,
+        audit=reduce(add, audits).to_json() if audits else None,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from turbosparse.cli import options, output
+from turbosparse.cli import modes, options, output
 from turbosparse.cli.loading import load_engine
 from turbosparse.errors import UserError
 
@@ -37,7 +37,12 @@ def command(
     ] = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")] = 128,
     tokens: options.MaxTokens = 128,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="FILE", help="Take the prompt from this text, and time mode lossless too."),
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; one more is thrown away.")] = 5,
+    audit: options.Audit = options.AUDIT,
     threads: options.Threads = None,
     against: Annotated[
         list[Against] | None, typer.Option("--against", help="Another engine, on the dense twin; repeatable.")
@@ -57,6 +62,7 @@ def command(
     from turbosparse.bench.machine import busy_share, peak_memory_bytes
     from turbosparse.bench.peers import Peer
     from turbosparse.bench.twin import dense_twin_of
+    from turbosparse.engine import LOSSLESS
 
     sizes = batch_sizes(batch)
     busy = busy_share()
@@ -64,8 +70,12 @@ def command(
         output.notice(f"warning: other work takes {output.percent(busy)} of this machine; the figures will be low.")
     engine = load_engine(model, threads, compute, isa)
     _check(engine, prompt_tokens, tokens, engine.config.vocab_size)
-    contestants: list[Contestant] = [EngineMode(engine, mode) for mode in engine.modes]
-    prompt = (engine.tokenizer.encode(_PROMPT) * prompt_tokens)[:prompt_tokens]
+    contestants: list[Contestant] = [EngineMode(engine, mode, audit=audit) for mode in engine.modes]
+    if data is None:
+        prompt = (engine.tokenizer.encode(_PROMPT) * prompt_tokens)[:prompt_tokens]
+    else:  # a sentence that is repeated would flatter drafts that are looked up in the text
+        prompt = first_tokens(engine, data, prompt_tokens)
+        contestants.append(EngineMode(engine, LOSSLESS))
     with dense_twin_of(model, engine, dense_twin, needed=bool(against)) as twin_path, ExitStack() as peers:
         if twin_path is not None and engine.config.sparse:
             twin = load_engine(str(twin_path), threads, compute, isa)
@@ -93,13 +103,27 @@ def command(
         "synthetic": engine.config.synthetic,
         "runs": [vars(run) | ({"synthetic": True} if engine.config.synthetic else {}) for run in runs],
         "batches": [vars(each) | ({"synthetic": True} if engine.config.synthetic else {}) for each in together],
-        "speedup": {"exact": speedup(runs, "exact"), "predicted": speedup(runs, "predicted")},
+        "speedup": {mode: speedup(runs, mode) for mode in ("exact", "predicted", LOSSLESS)},
         "peak_memory_bytes": peak,
     }
     if json:
         output.emit(record)
     else:
         show(record, runs)
+
+
+def first_tokens(engine: Engine, data: Path, count: int) -> list[int]:
+    """The first tokens of a text.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    from turbosparse.evaluate.windows import windows
+
+    tokens = next(windows(engine.tokenizer, data, max(count, 2)))[:count]
+    if len(tokens) < count:
+        raise UserError(f"{data} has {len(tokens)} tokens; use a smaller --prompt-tokens or a longer text.")
+    return tokens
 
 
 def batch_sizes(text: str | None) -> list[int]:
@@ -174,6 +198,11 @@ def show(record: dict[str, Any], runs: list[Run]) -> None:
     for mode, times in record["speedup"].items():
         if times is not None:
             console.print(f"{mode} is {times:.2f} times as fast as dense")
+    for run in runs:
+        if run.lossless is not None:
+            console.print(modes.drafting_line(run.lossless))
+        if run.audit is not None:
+            console.print(modes.audit_line(run.audit))
     for peer in PEERS:
         for run in runs:
             if (times := speedup(runs, run.mode, over=peer)) is not None and run.mode not in PEERS:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from turbosparse.cli import options, output
+from turbosparse.cli import modes, options, output
 from turbosparse.cli.loading import load_engine
 from turbosparse.errors import UserError
 
@@ -22,6 +22,7 @@ def command(
     system: Annotated[str | None, typer.Option("--system", help="Instructions that stand before the talk.")] = None,
     tokens: options.MaxTokens = 512,
     mode: options.ModeOption = options.Mode.auto,
+    audit: options.Audit = options.AUDIT,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
@@ -40,7 +41,9 @@ def command(
 
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     engine = load_engine(model, threads, compute, isa)
-    chat = Conversation(engine, engine.session(ctx, kv_cache), mode.value, params, tokens, stop or [], system)
+    session = engine.session(ctx, kv_cache)
+    modes.begin(session, mode, audit, seed)
+    chat = Conversation(engine, session, mode.value, params, tokens, stop or [], system)
     interactive = sys.stdin.isatty()
     if interactive:
         output.notice(_HELP)
@@ -58,6 +61,8 @@ def command(
                 if not interactive:
                     raise
                 output.notice(f"turbosparse: {error}")  # a person at a terminal can still /reset
+    for line in modes.lines(modes.record(session, mode)):
+        output.notice(line)
 
 
 def _read(interactive: bool) -> str | None:

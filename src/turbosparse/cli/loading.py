@@ -26,7 +26,10 @@ def load_engine(model: str, threads: int | None, compute: Compute = Compute.int8
 
 
 def reading_mode(engine: Engine, mode: Mode) -> str:
-    """For text that is read and not continued `auto` is exact where the file allows it: the same with less work."""
-    if mode is Mode.auto:
+    """For text that is read and not continued `auto` is exact where the file allows it: the same with less work.
+
+    So is `lossless`, which drafts what is not there yet.
+    """
+    if mode in (Mode.auto, Mode.lossless):
         return "exact" if "exact" in engine.modes else "dense"
     return mode.value

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from turbosparse.cli import options, output
+from turbosparse.cli import modes, options, output
 from turbosparse.cli.loading import load_engine
 from turbosparse.errors import UserError
 
@@ -22,6 +22,7 @@ def command(
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue; default: stdin.")] = None,
     tokens: options.MaxTokens = 128,
     mode: options.ModeOption = options.Mode.auto,
+    audit: options.Audit = options.AUDIT,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
@@ -45,6 +46,7 @@ def command(
     engine = load_engine(model, threads, compute, isa)
     ids = engine.tokenizer.encode(text)
     session = engine.session(ctx, kv_cache)
+    modes.begin(session, mode, audit, seed)
     started = time.perf_counter()
     chunks = generate(engine, ids, params, tokens, mode.value, stop or (), ignore_eos, session)
     prefill_seconds = time.perf_counter() - started
@@ -55,11 +57,13 @@ def command(
         if not json:
             print(chunk.text, end="", flush=True)
     record = clock.record(engine, session.used(mode.value)) | {"kv_cache_bytes": session.cache_bytes}
+    record |= modes.record(session, mode)
     if json:
         output.emit(record | {"text": "".join(shown)})
     else:
         print()
-        output.notice(status_line(record))
+        for line in (status_line(record), *modes.lines(record)):
+            output.notice(line)
 
 
 def read_prompt(prompt: str | None) -> str:

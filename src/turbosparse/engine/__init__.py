@@ -9,8 +9,22 @@ except ImportError as error:
         f"the native module of turbosparse is missing or broken ({error}); install turbosparse with pip."
     ) from None
 
-from turbosparse.engine.engine import ActivationCounts, Engine, Session, Traffic
-from turbosparse.engine.generate import Chunk, generate
+from turbosparse.engine.audit import AuditReport
+from turbosparse.engine.drafting import Drafting
+from turbosparse.engine.engine import LOSSLESS, ActivationCounts, Engine, Session, Traffic
+from turbosparse.engine.generate import Chunk, draw_tokens, generate
 from turbosparse.engine.sampler import SamplingParams
 
-__all__ = ["ActivationCounts", "Chunk", "Engine", "SamplingParams", "Session", "Traffic", "generate"]
+__all__ = [
+    "LOSSLESS",
+    "ActivationCounts",
+    "AuditReport",
+    "Chunk",
+    "Drafting",
+    "Engine",
+    "SamplingParams",
+    "Session",
+    "Traffic",
+    "draw_tokens",
+    "generate",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,8 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
 from turbosparse import _native
+from turbosparse.engine.audit import AuditReport, Move
+from turbosparse.engine.drafting import Drafting
 from turbosparse.engine.sampler import SamplingParams, sample
 from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig
@@ -28,6 +30,7 @@ _NATIVE_TYPES = frozenset({Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0})
 _DEFAULT_CONTEXT = 4096
 _CACHES = {"f16": Type.F16, "q8_0": Type.Q8_0}
 _AUTOMATIC = ("auto", "auto-predicted")
+LOSSLESS = "lossless"
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Session:
     def __init__(self, engine: Engine, context: int, cache: Type) -> None:
         self._engine = engine
         self._native = _native.Session(engine._model, context, int(cache))
-        self._history: list[int] = []
+        self._speculation: _native.Speculation | None = None
+        self._audited = 0.0
         self._last: Floats | None = None
 
     @property
@@ -101,6 +105,8 @@ class Session:
 
         Where the layers differ it is `mode` still, and while the rates are counted it is exact.
         """
+        if mode == LOSSLESS:
+            return mode
         mode = self._engine.native_mode(mode)
         chosen = set(self.choices)
         return chosen.pop() if mode in _AUTOMATIC and len(chosen) == 1 else mode
@@ -120,19 +126,17 @@ class Session:
         A layer that slides keeps little beyond its window: where it no longer holds what the next token would see,
         everything is forgotten. Returns the position reached, `position` or 0.
         """
-        position = self._native.truncate(position)
-        del self._history[position:]
         self._last = None
-        return position
+        return self._native.truncate(position)
 
     def keep_prefix(self, tokens: Sequence[int]) -> int:
         """Forget all but the tokens that `tokens` begins with too, and return how many these are.
 
         The last of `tokens` is not among them: it is what the next logits come from, so it has to be read.
         """
-        pairs = zip(self._history, tokens[:-1], strict=False)
+        pairs = zip(self._native.tokens, tokens[:-1], strict=False)
         kept = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
-        return self.truncate(min(len(self._history), len(tokens) - 1) if kept is None else kept)
+        return self.truncate(min(self.position, len(tokens) - 1) if kept is None else kept)
 
     def prefill(self, tokens: Sequence[int], mode: str = "dense") -> Floats:
         """Read a prompt; returns the logits after its last token, float32 [vocab].
@@ -145,7 +149,7 @@ class Session:
         """
         self._check(tokens, mode)
         for start in range(0, len(tokens), _native.PREFILL_BLOCK):  # a call each, so that Ctrl-C is heard in between
-            exactly = mode if mode == "dense" else self._engine.modes[:2][-1]
+            exactly = mode if mode == "dense" else self._engine.native_mode(LOSSLESS)
             self._last = self._read(tokens[start : start + _native.PREFILL_BLOCK], exactly)
         assert self._last is not None
         return self._last
@@ -173,7 +177,87 @@ class Session:
         """Draw the next token from the last logits; it still has to be decoded."""
         if self._last is None:
             raise ValueError("nothing to sample from: prefill first")
-        return sample(self._last, params, self._history, self.position)
+        history = self._native.tokens if params.repetition_penalty != 1.0 else []
+        return sample(self._last, params, history, self.position)
+
+    def decode_ahead(
+        self, token: int, params: SamplingParams, most: int, ends: Collection[int] = frozenset()
+    ) -> list[int]:
+        """Read one token, and as many of those that follow as drafts foresee: mode lossless, in one native call.
+
+        Args:
+            token: to read, as in `decode`.
+            params: how tokens are drawn.
+            most: tokens to return at most.
+            ends: tokens after which none is drawn.
+
+        Returns:
+            What `decode` in mode exact and `sample` give one by one, at least one token. All of them but the last have
+            been read too.
+
+        Raises:
+            UserError: as `prefill`.
+        """
+        self._check((token,), LOSSLESS)
+        out = np.empty(self._engine.config.vocab_size, np.float32)
+        drawn = self._ahead.next(
+            token,
+            most,
+            list(ends),
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            params.repetition_penalty,
+            params.seed,
+            out,
+        )
+        self._last = out
+        return drawn
+
+    def audit(self, share: float, seed: int = 0) -> None:
+        """Audit this share of the tokens that are decoded in predicted mode, drawn by `seed`; 0, none, costs nothing.
+
+        Thresholds that no longer keep what the file promises are moved in this session; `audit_report` tells.
+
+        Raises:
+            UserError: it is no share.
+        """
+        if not 0 <= share <= 1:
+            raise UserError(f"--audit {share:g}: give a share of the tokens from 0 to 1; 0 audits none.")
+        predictor = self._engine.config.predictor
+        promised = predictor.recall if predictor is not None else None
+        self._audited = share
+        self._native.begin_audit(share, seed, promised or 0.0)
+
+    @property
+    def audit_report(self) -> AuditReport:
+        """What the audit found so far."""
+        predictor = self._engine.config.predictor
+        verdicts, sums, moves = self._native.audit
+        promised = predictor.recall if predictor is not None else None
+        return AuditReport(self._audited, promised, tuple(verdicts), tuple(sums), tuple(Move(*each) for each in moves))
+
+    def follow(self, tokens: Sequence[int], agrees: Sequence[bool]) -> None:
+        """For benchmarks: `decode_ahead` draws this text, whatever the logits say; both [tokens], by position.
+
+        `agrees` says whether a predicted draft of a token is right. So the speed of a shape that nobody has trained can
+        be timed at the acceptance of a model that somebody has.
+        """
+        self._ahead.follow(list(tokens), [int(each) for each in agrees])
+
+    @property
+    def drafting(self) -> Drafting:
+        """What mode lossless did in this session."""
+        return Drafting(*self._ahead.drafting)
+
+    @property
+    def _ahead(self) -> _native.Speculation:
+        if self._speculation is None:
+            engine = self._engine
+            predicts, dense = "predicted" in engine.modes, not engine.config.sparse
+            self._speculation = _native.Speculation(engine._forward, self._native, engine._costs, predicts, dense)
+        return self._speculation
 
     def _check(self, tokens: Sequence[int], mode: str) -> None:
         if not tokens:
@@ -182,7 +266,7 @@ class Session:
             raise UserError(
                 f"{len(tokens)} tokens do not fit the context of {self.context}, {self.position} of it used; use --ctx."
             )
-        if mode not in self._engine.modes + self._engine.automatic_modes:
+        if mode not in (*self._engine.modes, *self._engine.automatic_modes, LOSSLESS):
             known = ", ".join(self._engine.modes)
             activation = self._engine.config.activation
             raise UserError(f"mode {mode} is not possible with this {activation} model; use {known}.")
@@ -191,7 +275,6 @@ class Session:
         rows = len(tokens) if all_logits else 1
         out = np.empty(rows * self._engine.config.vocab_size, np.float32)
         self._engine._forward.read(self._native, np.asarray(tokens, np.int32), mode, all_logits, out)
-        self._history.extend(tokens)
         return out
 
 
@@ -204,6 +287,7 @@ class Engine:
         isa: instruction set of the kernels.
         threads: threads that compute, the caller's included.
         modes: "dense"; "exact" too for a ReLU-gated model, and "predicted" where its file holds predictors.
+            Every model decodes in mode "lossless" too (`Session.decode_ahead`).
         automatic_modes: "auto", which computes each layer dense or exact, whichever costs less at the rates of a
             sequence's first tokens; and with predictors "auto-predicted", which may choose these too.
     """
@@ -220,6 +304,7 @@ class Engine:
         self.automatic_modes = _AUTOMATIC if config.predictor is not None else _AUTOMATIC[:1]
         self._model = model
         self._forward = _native.Forward(model)
+        self._costs = _native.Costs()  # of mode lossless
 
     @classmethod
     def load(
@@ -296,13 +381,14 @@ class Engine:
         out = np.empty((len(sessions), self.config.vocab_size), np.float32)
         native = [session._native for session in sessions]
         self._forward.decode(native, np.asarray(tokens, np.int32), self.native_mode(mode), out.reshape(-1))
-        for session, token, logits in zip(sessions, tokens, out, strict=True):
-            session._history.append(token)
+        for session, logits in zip(sessions, out, strict=True):
             session._last = logits
         return out
 
     def native_mode(self, mode: str) -> str:
-        """`mode`, or dense where an automatic one has no choice."""
+        """`mode`, or dense where an automatic one has no choice; of single tokens lossless is exact, or dense too."""
+        if mode == LOSSLESS:
+            return self.modes[:2][-1]
         return "dense" if mode in _AUTOMATIC and not self.config.sparse else mode
 
     @property

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
-from turbosparse.engine.engine import Engine, Session
+from turbosparse.engine.engine import LOSSLESS, Engine, Session
 from turbosparse.engine.sampler import SamplingParams
 from turbosparse.errors import UserError
 
@@ -68,7 +69,7 @@ def generate(
         prompt: token ids, at least one; they follow what `session` holds already.
         params: how tokens are drawn; default greedy.
         max_tokens: at most this many; the whole must fit the context.
-        mode: one of `engine.modes` or `engine.automatic_modes`.
+        mode: one of `engine.modes` or `engine.automatic_modes`, or "lossless", which writes what "exact" writes.
         stop: strings that end the text; they are not part of it.
         ignore_eos: go on after the tokens that end a text.
         session: continue in this one; default: a new one.
@@ -98,20 +99,47 @@ def _stream(
     ignore_eos: bool,
 ) -> Iterator[Chunk]:
     text = engine.tokenizer.stream()
-    for index in range(max_tokens):
-        token = session.sample(params)
-        if token in engine.tokenizer.eos_ids and not ignore_eos:
-            yield Chunk(token, _tail(stops, text.finish()), "eos")
-            return
-        shown, stopped = stops.push(text.step(token))
-        if stopped:
-            yield Chunk(token, shown, "stop")
-            return
-        if index == max_tokens - 1:
-            yield Chunk(token, shown + _tail(stops, text.finish()), "length")
-            return
-        yield Chunk(token, shown)
-        session.decode(token, mode)
+    ends = frozenset() if ignore_eos else engine.tokenizer.eos_ids
+    with closing(draw_tokens(session, params, max_tokens, mode, ends)) as tokens:
+        for index, token in enumerate(tokens):
+            if token in ends:
+                yield Chunk(token, _tail(stops, text.finish()), "eos")
+                return
+            shown, stopped = stops.push(text.step(token))
+            if stopped:
+                yield Chunk(token, shown, "stop")
+                return
+            if index == max_tokens - 1:
+                yield Chunk(token, shown + _tail(stops, text.finish()), "length")
+                return
+            yield Chunk(token, shown)
+
+
+def draw_tokens(
+    session: Session, params: SamplingParams, max_tokens: int, mode: str, ends: Collection[int] = frozenset()
+) -> Generator[int, None, None]:
+    """Token after token, from a session that has read a prompt; one is read when the next is asked for.
+
+    Whenever it is left the session holds all but the last token that it gave. Mode lossless draws none after `ends`.
+    """
+    token = session.sample(params)
+    if mode != LOSSLESS:
+        yield token
+        for _ in range(max_tokens - 1):
+            session.decode(token, mode)
+            token = session.sample(params)
+            yield token
+        return
+    given, read = 1, session.position
+    try:
+        yield token
+        while given < max_tokens:
+            for following in session.decode_ahead(token, params, max_tokens - given, ends):
+                token, given = following, given + 1
+                yield token
+    finally:
+        if session.position > read + given - 1:
+            session.truncate(read + given - 1)
 
 
 def _tail(stops: _StopStrings, text: str) -> str:

@@ -143,7 +143,10 @@ def _predictor(fields: Fields, n_layers: int, ffns: int) -> Predictor | None:
     source = fields.text("predictor.input")
     if source not in PREDICTOR_INPUTS:
         fields.fail(f"the predictor's input {source[:60]!r} is not one of {', '.join(PREDICTOR_INPUTS)}")
-    return Predictor(ranks, thresholds, normed=source == "normed")
+    recall = fields.number("predictor.recall", (0.0, 1.0)) if fields.has("predictor.recall") else None
+    if recall is not None and not 0.0 < recall < 1.0:
+        fields.fail(f"predictor.recall is {recall:g}, which is not between 0 and 1")
+    return Predictor(ranks, thresholds, normed=source == "normed", recall=recall)
 
 
 def _rope_scale(fields: Fields) -> float:

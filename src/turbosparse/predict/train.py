@@ -115,7 +115,7 @@ def train_predictors(
         pieces = _windows(file, config, data, wish.tokens)
         work = _Work(file, config, pieces, wish, folder, progress or (lambda done, total: None))
         layers = [work.layer(index) for index in range(config.n_layers)]
-        write_predictors(file, out, [stored for stored, _ in layers])
+        write_predictors(file, out, [stored for stored, _ in layers], wish.recall)
     shutil.rmtree(folder)
     return Report(out, len(pieces) * len(pieces[0]), tuple(measured for _, measured in layers))
 

@@ -46,8 +46,12 @@ class StoredPredictor:
         return self.fc1.nbytes + self.fc2.nbytes
 
 
-def write_predictors(file: GGUFFile, out: Path, predictors: Sequence[StoredPredictor]) -> None:
+def write_predictors(
+    file: GGUFFile, out: Path, predictors: Sequence[StoredPredictor], recall: float | None = None
+) -> None:
     """Write `file` to `out` with one predictor a layer, which reads the FFN's normed input; it replaces those it had.
+
+    `recall` is the share of |h| that the thresholds keep; 1 and None promise nothing.
 
     Raises:
         UserError: `out` cannot be written.
@@ -58,6 +62,8 @@ def write_predictors(file: GGUFFile, out: Path, predictors: Sequence[StoredPredi
         _record("threshold", _array(GGUFValueType.FLOAT32, "f", [layer.threshold for layer in predictors])),
         _record("input", struct.pack("<I", GGUFValueType.STRING) + _text("normed")),
     ]
+    if recall is not None and recall < 1:
+        keys.append(_record("recall", struct.pack("<If", GGUFValueType.FLOAT32, recall)))
     tensors: list[tuple[str, Type, tuple[int, ...], npt.NDArray[np.uint8]]] = [
         (name, tensor.type, tensor.shape, tensor.data)
         for name, tensor in file.tensors.items()
