@@ -22,7 +22,7 @@ double timed(const Work& work) {
 std::vector<int32_t> Speculation::next(int32_t token, int64_t most, const std::unordered_set<int32_t>& ends,
                                        const SamplingParams& params, float* logits) {
   const int64_t vocab = forward_.vocab(), start = session_.position();
-  const int64_t room = std::min({most - 1, session_.context() - start - 1, kMostDrafts});
+  const int64_t room = std::clamp<int64_t>(std::min(most, session_.context() - start) - 1, 0, kMostDrafts);
   const Draft drafted = draft(token, room, ends, params);
   std::vector<int32_t> rows{token};
   rows.insert(rows.end(), drafted.tokens.begin(), drafted.tokens.end());

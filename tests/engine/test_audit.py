@@ -202,6 +202,11 @@ def test_thresholds_that_drift_are_moved_to_what_the_file_promises(predicting, s
     again.prefill(TOKENS[:5], "predicted")
     assert list(draw_tokens(again, SamplingParams(temperature=1.5, seed=3), 200, "predicted")) == tokens
     assert again.audit_report == report
+    # Beside a sequence with the file's thresholds each has its own.
+    fresh, alone = engine.session(), engine.session()
+    together = engine.decode_batch([again, fresh], [7, 7], "predicted")
+    assert equal_bits(together[1], alone.decode(7, "predicted"))
+    assert equal_bits(together[0], session.decode(7, "predicted"))
     session.reset()
     fresh = engine.session()
     assert equal_bits(session.decode(7, "predicted"), fresh.decode(7, "predicted"))
