@@ -320,14 +320,17 @@ void Forward::count_row(Scratch& s, const Neurons& at, int64_t row) {
   const bool relu_up = config_.activation == Activation::drelu;
   for (int64_t i = 0; i < at.n; ++i) {
     const float gate = s.gate[offset + i], up = s.up[offset + i];
-    const bool fires = gate > 0 && (!relu_up || up > 0) && above(gate * up, at.ffn.least_value) != 0;
+    const float h = gate > 0 && (!relu_up || up > 0) ? above(gate * up, at.ffn.least_value) : 0.0f;
+    const bool fires = h != 0;
     counts_->gate[base + i] += gate > 0;
     counts_->up[base + i] += up > 0;
     counts_->h[base + i] += fires;
+    counts_->mass[base + i] += std::fabs(h);
     if (at.ffn.fc1.rows == 0) continue;
     const bool selected = s.prediction[offset + i] >= at.ffn.threshold;
     counts_->selected[base + i] += selected;
     counts_->hit[base + i] += selected && fires;
+    if (!selected) counts_->missed[base + i] += std::fabs(h);
   }
 }
 
