@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from turbosparse.cli import output
+from turbosparse.cli.extras import extra
 from turbosparse.cli.options import Json
 
 
@@ -26,11 +27,15 @@ def command(
     quant: Annotated[Quant, typer.Option("--quant", help="Storage of the matrices.")] = Quant.q4_0,
     json: Json = False,
 ) -> None:
-    """Write a Hugging Face folder as one GGUF file: weights, tokenizer and chat template."""
+    """Write a Hugging Face folder as one GGUF file: weights, tokenizer, chat template, predictors if it has some."""
     from turbosparse.model.export import export_gguf
 
     with output.progress(f"writing {out.name}") as report:
         done = export_gguf(folder, out, quant.value, report)
+    if (folder / "predictors.safetensors").is_file():
+        with extra("train"):
+            from turbosparse.predict.folder import attach
+        attach(folder, out)
     if json:
         output.emit(
             {
