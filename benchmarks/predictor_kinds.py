@@ -255,12 +255,12 @@ def kinds(model: Model, seen: list[Seen], trained: list[Path]) -> Iterator[Kind]
     signs = [[model.weights(layer, name).sign() for name in ("ffn_gate", "ffn_up")] for layer in layers]
     yield Kind("signs of x, gate and up", 2 / BITS / 3, lambda layer, now: products(now.x.sign(), signs[layer]))
     yield by_svd(model, seen, QUICK_RANK)
-    yield quick(model, seen, "x")
-    yield quick(model, seen, "before")
     for path in trained:
         low_rank = of_file(path, model)
         yield low_rank
         yield Kind(f"{low_rank.name} and last tokens", low_rank.share, with_last(model, seen, low_rank))
+    yield quick(model, seen, "x")
+    yield quick(model, seen, "before")
 
 
 def of_file(path: Path, model: Model) -> Kind:
@@ -319,7 +319,9 @@ def quick(model: Model, seen: list[Seen], which: str) -> Kind:
     for layer, part in enumerate(seen):
         inputs = getattr(part, which).flatten(0, 1)
         tokens = Tokens(inputs.half().numpy(), part.h.abs().flatten(0, 1).clamp_max(65504).half().numpy())
-        matrices.append(fit(tokens, model.worth[layer], QUICK_RANK, Type.F32, QUICK_STEPS, layer, CPU))
+        others = torch.where(model.steady[layer], 0.0, model.worth[layer])
+        with torch.enable_grad():
+            matrices.append(fit(tokens, others, QUICK_RANK, Type.F32, QUICK_STEPS, layer, CPU))
     name = {"x": "the FFN's input", "before": "the stream before attention"}[which]
     share = rank_share(model, QUICK_RANK, 1)
     return Kind(f"low rank, short fit, on {name}", share, lambda at, now: network(getattr(now, which), *matrices[at]))
