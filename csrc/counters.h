@@ -26,11 +26,13 @@ struct Traffic {
 };
 
 // On how many tokens every neuron had gate > 0, up > 0 and h != 0, was selected by the predictor, and was both selected
-// and active: [layers * FFNs * ffn] each. And how many tokens every FFN of a layer computed: [layers * FFNs].
+// and active; the sum of its |h|, and of that where the predictor did not select it: [layers * FFNs * ffn] each. And
+// how many tokens every FFN of a layer computed: [layers * FFNs].
 struct Counts {
   int64_t tokens = 0;
   std::vector<int64_t> routed;
   std::vector<int64_t> gate, up, h, selected, hit;
+  std::vector<double> mass, missed;
 };
 
 }  // namespace turbosparse

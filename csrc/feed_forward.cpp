@@ -342,14 +342,17 @@ void Forward::count_row(Scratch& s, const Pass& pass, const Neurons& at, int64_t
   const float threshold = pass.rows[row].session->audit_.threshold(at.index, at.expert);
   for (int64_t i = 0; i < at.n; ++i) {
     const float gate = s.gate[offset + i], up = s.up[offset + i];
-    const bool fires = opens(gate) && (!relu_up || up > 0) && above(gate * up, at.ffn.least_value) != 0;
+    const float h = opens(gate) && (!relu_up || up > 0) ? above(gate * up, at.ffn.least_value) : 0.0f;
+    const bool fires = h != 0;
     counts_->gate[base + i] += opens(gate);
     counts_->up[base + i] += up > 0;
     counts_->h[base + i] += fires;
+    counts_->mass[base + i] += std::fabs(h);
     if (at.ffn.fc1.rows == 0) continue;
     const bool selected = s.prediction[offset + i] >= threshold;
     counts_->selected[base + i] += selected;
     counts_->hit[base + i] += selected && fires;
+    if (!selected) counts_->missed[base + i] += std::fabs(h);
   }
 }
 

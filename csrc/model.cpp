@@ -181,6 +181,7 @@ void Model::count(bool on) {
   for (auto* counts : {&counts_->gate, &counts_->up, &counts_->h, &counts_->selected, &counts_->hit}) {
     counts->resize(config_.layers * config_.ffns() * config_.ffn);
   }
+  for (auto* sums : {&counts_->mass, &counts_->missed}) sums->resize(counts_->h.size());
 }
 
 void Model::finish() {

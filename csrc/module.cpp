@@ -30,6 +30,7 @@ using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::c
 using Output = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Tokens = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Counters = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Sums = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 std::vector<std::string> isas() {
   int count = 0;
@@ -169,12 +170,12 @@ nb::tuple audit_of(const Session& session) {
 }
 
 int64_t read_counts(Model& model, Counters routed, Counters gate, Counters up, Counters h, Counters selected,
-                    Counters hit, bool reset) {
+                    Counters hit, Sums mass, Sums missed, bool reset) {
   const nb::gil_scoped_release unlocked;
   const std::lock_guard<std::mutex> lock(model.busy());
   const Counts* counts = model.counts();
   if (!counts) throw std::invalid_argument("counting is off");
-  const auto copy = [](const std::vector<int64_t>& from, Counters& to) {
+  const auto copy = [](const auto& from, auto& to) {
     if (to.size() != from.size()) throw std::invalid_argument("wrong output size");
     std::copy(from.begin(), from.end(), to.data());
   };
@@ -184,6 +185,8 @@ int64_t read_counts(Model& model, Counters routed, Counters gate, Counters up, C
   copy(counts->h, h);
   copy(counts->selected, selected);
   copy(counts->hit, hit);
+  copy(counts->mass, mass);
+  copy(counts->missed, missed);
   const int64_t tokens = counts->tokens;
   if (reset) model.count(true);
   return tokens;
@@ -265,7 +268,8 @@ NB_MODULE(_native, m) {
             self.count(on);
           },
           "on"_a)
-      .def("read_counts", &read_counts, "routed"_a, "gate"_a, "up"_a, "h"_a, "selected"_a, "hit"_a, "reset"_a)
+      .def("read_counts", &read_counts, "routed"_a, "gate"_a, "up"_a, "h"_a, "selected"_a, "hit"_a, "mass"_a,
+           "missed"_a, "reset"_a)
       .def("read_traffic", &read_traffic, "reset"_a)
       .def_prop_ro("isa", [](Model& self) { return std::string(self.kernels().isa); })
       .def_prop_ro("weight_bytes", &Model::weight_bytes);

@@ -46,6 +46,8 @@ class Model:
         h: npt.NDArray[np.int64],
         selected: npt.NDArray[np.int64],
         hit: npt.NDArray[np.int64],
+        mass: npt.NDArray[np.float64],
+        missed: npt.NDArray[np.float64],
         reset: bool,
     ) -> int: ...
     def read_traffic(self, reset: bool) -> tuple[int, int, int, int, int]: ...

@@ -138,7 +138,11 @@ def test_recall_and_selection_are_counted_and_change_no_bit(predicting, mode):
     for token in TOKENS:
         session.decode(token, mode)
     single = engine.counters()
-    for name in ("gate", "up", "h", "selected", "hit"):
+    # And of |h| it misses as large a share as of those that fire.
+    missed = counts.missed[1].sum() / counts.mass[1].sum()
+    assert missed == pytest.approx(1 - counts.hit[1].sum() / counts.h[1].sum(), abs=0.1)
+    assert ((counts.missed == 0) | (counts.hit < counts.h)).all() and ((counts.mass > 0) == (counts.h > 0)).all()
+    for name in ("gate", "up", "h", "selected", "hit", "mass", "missed"):
         assert np.array_equal(getattr(single, name), getattr(counts, name)), name
 
 

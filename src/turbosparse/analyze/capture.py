@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from turbosparse.analyze.statistics import SparsityReport, summarise
+from turbosparse.analyze.statistics import Prediction, SparsityReport, summarise
 from turbosparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,10 @@ def capture_engine(
         counts = engine.counters()
     finally:
         engine.count_activations(False)
-    return summarise(counts.tokens, counts.gate, counts.up, counts.h, counts.selected, counts.hit, counts.routed)
+    prediction = None
+    if counts.selected is not None and counts.hit is not None and counts.mass is not None and counts.missed is not None:
+        prediction = Prediction(counts.selected, counts.hit, counts.mass, counts.missed)
+    return summarise(counts.tokens, counts.gate, counts.up, counts.h, prediction, counts.routed)
 
 
 def capture_hf(folder: Path, data: Path, limit: int | None = None, progress: Progress | None = None) -> SparsityReport:

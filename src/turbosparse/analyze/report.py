@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _BAR = 20
+_NAMED = 3  # neurons
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -34,7 +35,7 @@ def chart(report: SparsityReport) -> Table:
     for name in ("gate ≤ 0", "up ≤ 0", "hot", "cold", "never"):
         table.add_column(name, justify="right")
     predictor = report.predictor
-    for name in ("selected", "recall") if predictor else ():
+    for name in ("selected", "recall", "|h| missed", "missed most") if predictor else ():
         table.add_column(name, justify="right")
     for layer in report.layers:
         table.add_row(*_cells(layer))
@@ -46,14 +47,16 @@ def chart(report: SparsityReport) -> Table:
         f"[bold]{report.mean('h'):.1%}[/]",
         f"{report.mean('gate'):.1%}",
         f"{report.mean('up'):.1%}",
-        *(("", "", "", *(f"{share:.1%}" for share in predictor.values())) if predictor else ()),
+        *(("", "", "", *(f"{share:.1%}" for share in predictor.values()), "") if predictor else ()),
     )
     return table
 
 
 def _cells(layer: LayerSparsity) -> tuple[str, ...]:
     shares = (f"{layer.h:.1%}", f"{layer.gate:.1%}", f"{layer.up:.1%}")
-    prediction = (f"{share:.1%}" for share in (layer.selected, layer.recall) if share is not None)
+    prediction = [f"{share:.1%}" for share in (layer.selected, layer.recall, layer.missed) if share is not None]
+    if layer.most_missed:
+        prediction.append(" ".join(str(one.neuron) for one in layer.most_missed[:_NAMED]))
     rest = (str(layer.hot), str(layer.cold), str(layer.never), *prediction)
     expert = () if layer.expert is None or layer.routed is None else (str(layer.expert), f"{layer.routed:.1%}")
     return (str(layer.layer), *expert, _coloured_bar(1 - layer.h), *shares, *rest)

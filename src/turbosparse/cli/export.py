@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turbosparse.cli import output
+from turbosparse.cli.extras import extra
 from turbosparse.cli.options import Json
 from turbosparse.errors import UserError
 
@@ -42,7 +43,7 @@ def command(
     format: Annotated[Format, typer.Option("--format", help="Which program it is for.")] = Format.gguf,
     json: Json = False,
 ) -> None:
-    """Write a Hugging Face folder as one GGUF file: weights, tokenizer and chat template."""
+    """Write a Hugging Face folder as one GGUF file: weights, tokenizer, chat template, predictors if it has some."""
     from turbosparse.model.export import export_gguf
     from turbosparse.model.export_powerinfer import export_powerinfer
 
@@ -54,6 +55,10 @@ def command(
             done = export_powerinfer(source, out, chosen, report)
         else:
             done = export_gguf(source, out, chosen, report)
+    if format is Format.gguf and (source / "predictors.safetensors").is_file():
+        with extra("train"):
+            from turbosparse.predict.folder import attach
+        attach(source, out)
     hint = f"run it: turbosparse run {done.path} -p 'Once upon a time'"
     show(done, json, hint if format is Format.gguf else "PowerInfer runs it, and so does turbosparse run")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,17 +17,31 @@ if TYPE_CHECKING:
     from turbosparse.predict import Report
 
 
+class Device(StrEnum):
+    """What torch computes on."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 def command(
     model: options.AnyModel,
     data: options.Data,
     share: Annotated[float, typer.Option("--share", help="Bytes of the predictors over those of the FFNs.")] = 0.10,
     rank: Annotated[int | None, typer.Option("--rank", help="The same width everywhere, instead of --share.")] = None,
-    recall: Annotated[float, typer.Option("--recall", help="Share of the |h| mass to keep, in every layer.")] = 0.98,
+    recall: Annotated[float, typer.Option("--recall", help="Share of the |h| mass to keep, mean of layers.")] = 0.98,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Read at most this many tokens.")] = 100_000,
     epochs: Annotated[float, typer.Option("--epochs", min=0.1, help="How often each layer sees them.")] = 15.0,
+    device: Annotated[Device, typer.Option("--device", help="Where to compute; auto: on a GPU if there is one.")] = (
+        Device.auto
+    ),
     out: Annotated[
         Path | None, typer.Option("--out", metavar="OUT.gguf", help="Default: MODEL-predictors.gguf, here.")
     ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the model's predictors, set their thresholds anew.")
+    ] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Drop the predictors that the model has.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -35,8 +50,9 @@ def command(
         from turbosparse.predict import Wish, train_predictors
 
     out = out or Path(f"{Path(model).name.removesuffix('.gguf')}-predictors.gguf")
+    wish = Wish(share, rank, recall, tokens, epochs, device.value, keep)
     with output.progress("training predictors") as report:
-        result = train_predictors(model, data, out, Wish(share, rank, recall, tokens, epochs), replace, report)
+        result = train_predictors(model, data, out, wish, replace, report)
     if json:
         output.emit(result.to_json())
         return
@@ -49,7 +65,7 @@ def _table(result: Report) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, title=f"Predictors on held-out text, of {result.tokens:,} tokens")
-    for name in ("layer", "rank", "bytes", "active", "|h| kept", "found", "selected / active"):
+    for name in ("layer", "rank", "bytes", "active", "|h| kept", "found", "selected / active", "millinats lost"):
         table.add_column(name, justify="right")
     for layer in result.layers:
         table.add_row(str(layer.layer), *_cells(vars(layer)))
@@ -60,4 +76,4 @@ def _table(result: Report) -> Table:
 
 def _cells(row: dict[str, float]) -> tuple[str, ...]:
     shares = (output.percent(row[name]) for name in ("bytes_share", "active", "mass_kept", "recall"))
-    return (f"{row['rank']:g}", *shares, f"{row['selected']:.2f}")
+    return (f"{row['rank']:g}", *shares, f"{row['selected']:.2f}", f"{1000 * row['nats_lost']:.2f}")

@@ -25,6 +25,7 @@ from turbosparse.model.tokenizer import Tokenizer
 Progress = Callable[[int, int], None]
 Floats = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
+Masses = npt.NDArray[np.float64]
 
 _NATIVE_TYPES = frozenset({Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0})
 _DEFAULT_CONTEXT = 4096
@@ -42,6 +43,8 @@ class ActivationCounts:
         gate, up, h: gate > 0, up > 0 and h != 0.
         selected, hit: selected by the predictor, and both selected and h != 0; None for a file without one. The recall
             of a layer is hit.sum() / h.sum().
+        mass, missed: the sum of a neuron's |h|, and of that where the predictor did not select it, float64 in the same
+            shape; None for a file without one.
         routed: how many tokens each expert computed, int64 [layers, experts]; None without experts.
     """
 
@@ -51,6 +54,8 @@ class ActivationCounts:
     h: Counts
     selected: Counts | None = None
     hit: Counts | None = None
+    mass: Masses | None = None
+    missed: Masses | None = None
     routed: Counts | None = None
 
 
@@ -406,11 +411,15 @@ class Engine:
         ffns = config.n_layers * config.ffns
         routed = np.empty(ffns, np.int64)
         gate, up, h, selected, hit = (np.empty(ffns * config.ffn_size, np.int64) for _ in range(5))
-        tokens = self._model.read_counts(routed, gate, up, h, selected, hit, reset)
+        mass, missed = (np.empty(ffns * config.ffn_size, np.float64) for _ in range(2))
+        tokens = self._model.read_counts(routed, gate, up, h, selected, hit, mass, missed, reset)
         shape = (config.n_layers, *((config.experts,) if config.experts else ()))
         gate, up, h, selected, hit = (array.reshape(*shape, config.ffn_size) for array in (gate, up, h, selected, hit))
+        mass, missed = (array.reshape(*shape, config.ffn_size) for array in (mass, missed))
         counts = ActivationCounts(tokens, gate, up, h, routed=routed.reshape(shape) if config.experts else None)
-        return counts if config.predictor is None else dataclasses.replace(counts, selected=selected, hit=hit)
+        if config.predictor is None:
+            return counts
+        return dataclasses.replace(counts, selected=selected, hit=hit, mass=mass, missed=missed)
 
     def traffic(self, reset: bool = False) -> Traffic:
         """What decoding cost since the engine was made or since the last reset; prompts are not in it."""

@@ -13,15 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from turbosparse.model.config import ModelConfig
 from turbosparse.model.gguf import GGUFFile
 from turbosparse.predict.decoder import Decoder, embed
-from turbosparse.predict.fit import Tokens
-from turbosparse.predict.ranks import explained, whitening
+from turbosparse.predict.fit import Tokens, fit
+from turbosparse.predict.measure import Curve, curve, edges
+from turbosparse.predict.sinks import sinks
 
 _WINDOWS = 8  # at once
+_QUICK_STEPS = 100
+_QUICK_HELD_OUT = 4  # of so many windows, one is measured on
 _LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -85,23 +89,34 @@ class Collector:
         stream.flush()
 
 
-def firing_spectra(
+def quick_curves(
     file: GGUFFile,
     config: ModelConfig,
     windows: Sequence[list[int]],
+    worth: Sequence[Tensor],
+    ranks: Sequence[int],
     device: torch.device,
     progress: Callable[[float], None],
-) -> list[Tensor]:
-    """For each layer, the shares of its firing that linear maps of rank 1, 2, ... add (ranks.explained)."""
-    shares = []
-    with torch.inference_mode():
-        stream = torch.stack([embed(file, config, window) for window in windows]).to(device)
-        for layer in range(config.n_layers):
+) -> list[list[Curve]]:
+    """For each layer, what hasty predictors of some ranks do: fitted on some of the windows, measured on the others."""
+    curves = []
+    count, length = len(windows), len(windows[0])
+    learned = np.repeat(np.arange(count) % _QUICK_HELD_OUT != _QUICK_HELD_OUT - 1, length)
+    stream = torch.stack([embed(file, config, window) for window in windows]).to(device)
+    for layer in range(config.n_layers):
+        with torch.inference_mode():
             stream, fired = Decoder(file, config, layer, device)(stream)
-            x, fires = fired.x.flatten(0, 1), fired.h.flatten(0, 1) != 0
-            shares.append(explained(x @ whitening(x), fires)[0].cpu())
-            progress((layer + 1) / config.n_layers)
-    return shares
+            x, mass = _half(fired.x).reshape(count * length, -1), _half(fired.h.abs()).reshape(count * length, -1)
+        always = sinks(torch.from_numpy(mass.max(0)).to(device).float(), worth[layer])
+        others = torch.where(always, 0.0, worth[layer])
+        seen, new = Tokens(x[learned], mass[learned]), Tokens(x[~learned], mass[~learned])
+        of_layer = []
+        for rank in ranks:
+            fc1, fc2 = fit(seen, others, rank, Type.F32, _QUICK_STEPS, layer, device)
+            of_layer.append(curve(new, fc1, fc2, others, edges(new, fc1, fc2)))
+        curves.append(of_layer)
+        progress((layer + 1) / config.n_layers)
+    return curves
 
 
 def _half(values: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float16]]:

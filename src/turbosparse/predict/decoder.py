@@ -6,6 +6,7 @@ will meet, up to the rounding of activations in the engine.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from turbosparse.model.config import ModelConfig
 from turbosparse.model.gguf import GGUFFile
-from turbosparse.model.layout import EMBEDDING, ROPE_FACTORS
+from turbosparse.model.layout import EMBEDDING, OUTPUT, OUTPUT_NORM, ROPE_FACTORS
 from turbosparse.model.quantize import dequantize, dequantize_rows
 from turbosparse.relufy.drelu import ACTIVATIONS
 
@@ -24,6 +25,19 @@ def embed(file: GGUFFile, config: ModelConfig, tokens: list[int]) -> Tensor:
     table = file.tensors[EMBEDDING]
     rows = {token: torch.from_numpy(dequantize_rows(table, token, token + 1)[0]) for token in set(tokens)}
     return torch.stack([rows[token] for token in tokens]) * config.embedding_scale
+
+
+def logits(file: GGUFFile, config: ModelConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function from the residual stream after the last layer, [..., hidden], to logits, [..., vocabulary]."""
+    norm = _tensor(file, OUTPUT_NORM, device)
+    head = _tensor(file, OUTPUT if OUTPUT in file.tensors else EMBEDDING, device)
+
+    def of(stream: Tensor) -> Tensor:
+        found = functional.rms_norm(stream, norm.shape, norm, config.norm_eps) @ head.T
+        cap = config.logit_softcap
+        return found if cap is None else cap * torch.tanh(found / cap)
+
+    return of
 
 
 @dataclass(frozen=True)
@@ -61,8 +75,15 @@ class Decoder:
         factors = _tensor(file, ROPE_FACTORS, device) if ROPE_FACTORS in file.tensors else None
         self._frequencies = self._rope(factors)
 
-    def __call__(self, stream: Tensor) -> tuple[Tensor, Fired]:
-        """Carry windows, float32 [windows, tokens, hidden], through the layer: the new stream, and what the FFN did."""
+    def __call__(
+        self, stream: Tensor, change: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Fired]:
+        """Carry windows, float32 [windows, tokens, hidden], through the layer: the new stream, and what the FFN did.
+
+        Args:
+            stream: before the layer.
+            change: what to go on with instead of h, from the FFN's input and h.
+        """
         c, w = self._config, self._weights
         attended = self._attention(self._norm(stream, "attn_norm"))
         if c.post_norms:
@@ -73,6 +94,8 @@ class Decoder:
         h = ACTIVATIONS[c.activation](torch.where(gate < c.gate_threshold, 0.0, gate), x @ w["ffn_up"].T)
         if c.activation_thresholds is not None:
             h = torch.where(h.abs() < c.activation_thresholds[self._layer], 0.0, h)
+        if change is not None:
+            h = change(x, h)
         out = h @ w["ffn_down_t"]
         if c.post_norms:
             out = self._norm(out, "post_ffw_norm")

@@ -1,17 +1,20 @@
 """Fit one predictor: which neurons of an FFN are worth computing for an input.
 
-Score s = fc2 relu(fc1 x). Computing a neuron costs the same whatever it gives, and leaving it out loses |h|; so those
-with the largest expected |h| should be selected. The loss of a token and neuron is the cross-entropy weighted by mass,
+Score s = fc2 relu(fc1 x). Computing a neuron costs the same whatever it gives, and leaving it out loses what it does to
+the model's output; so those with the largest expected effect should be selected. The loss of a token and neuron is a
+weighted cross-entropy,
 
-    m softplus(-s) + c softplus(s),    m = |h| over its mean in the layer,
+    m softplus(-s) + c softplus(s),    m = |h| sqrt(worth) over its mean in the layer,
 
-whose best s is log(E[m | x] / c): it orders neurons by the mass that is expected of them, and one threshold for all
-neurons of a layer selects best. `c` is about the mass at which a neuron stops to be worth it.
+whose best s is log(E[m | x] / c): it orders neurons by the effect that is expected of them, and one threshold for all
+neurons of a layer selects best. `worth` is nats over h^2 (sensitivity.py), so m is in root nats: its square orders a
+little better where few neurons are selected and no better at the thresholds that are used, and is harder to learn from.
+`c` is about the m at which a neuron stops to be worth it.
 
 The form has no bias (PowerInfer's has none), but inputs have a mean: one row of fc1 starts as the direction that comes
 nearest to 1 on every token, and its column of fc2 as the neurons' own rates. The other rows start in the subspace that
-explains most of the firing (ranks.py) and fc2 at zero. fc1 is trained in whitened coordinates, for inputs of language
-models have a few dimensions that are far larger than the others.
+explains most of the firing and fc2 at zero. fc1 is trained in whitened coordinates, for inputs of language models have
+a few dimensions that are far larger than the others.
 """
 
 from __future__ import annotations
@@ -25,13 +28,12 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from turbosparse.predict.ranks import explained, whitening
-
-_BATCH = 512
-_STEPS_AT_LEAST = 100
+BATCH = 512
 _RATE = 1e-2
 _COST = 0.1
-_LARGEST_MASS = 30.0  # a few activations are hundreds of times the mean: they would be all that a batch learns from
+_LARGEST = 1000.0  # of m: a few are hundreds of times the mean, and would be all that a batch learns from
+MOST_NATS = 1.0  # a neuron can cost: beyond, the sensitivities say nothing
+_FLOOR = 1e-3  # of the mean eigenvalue: directions that hardly vary are noise
 _BIAS = 8.0  # the constant unit is this large, so that its column of fc2 is not much larger than the others
 
 
@@ -48,30 +50,46 @@ class Tokens:
         return x, mass
 
 
+def nats(mass: Tensor, worth: Tensor) -> Tensor:
+    """What leaving neurons out costs, each by itself; mass [..., ffn], worth [ffn]."""
+    return (mass.square() * worth).clamp_max(MOST_NATS)
+
+
 def fit(
     tokens: Tokens,
+    worth: Tensor,
     rank: int,
     kind: Type,
-    epochs: float,
+    steps: int,
     seed: int,
     device: torch.device,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """fc1 [rank, hidden] and fc2 [ffn, rank], float32, to be stored as `kind`, which the second half trains for."""
+    """fc1 [rank, hidden] and fc2 [ffn, rank], float32, to be stored as `kind`, which the second half trains for.
+
+    Args:
+        tokens: to learn from.
+        worth: nats over h^2 of every neuron, float32 [ffn]; 0 for those that are not to be learned.
+        rank, kind: the form.
+        steps, seed: of the optimiser.
+        device: where to compute.
+        progress: called with the share that is done.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     count = len(tokens.x)
     sample = tokens.batch(np.sort(rng.permutation(count)[: 16 * 1024]), device)
-    scale = 1.0 / sample[1].mean().clamp_min(1e-12)
+    effect = worth.to(device).sqrt()
+    effect = worth.to(device).sqrt()
+    scale = effect / (sample[1] * effect).mean().clamp_min(1e-12)
     white = whitening(sample[0])
     rows, columns = _start(sample[0], sample[1] * scale, white, rank)
     parameters = [rows.requires_grad_(), columns.requires_grad_()]
-    steps = max(_STEPS_AT_LEAST, round(epochs * count / _BATCH))
     optimizer = torch.optim.Adam(parameters, lr=_RATE, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, steps, pct_start=0.1)
     for step in range(steps):
-        x, mass = tokens.batch(rng.integers(count, size=min(_BATCH, count)), device)
-        mass = (mass * scale).clamp_max(_LARGEST_MASS)
+        x, mass = tokens.batch(rng.integers(count, size=min(BATCH, count)), device)
+        mass = (mass * scale).clamp_max(_LARGEST)
         fc1, fc2 = rows @ white.T, columns
         if 2 * step >= steps:
             fc1, fc2 = rounded(fc1, kind), rounded(fc2, kind)
@@ -91,13 +109,31 @@ def fit(
 def _start(x: Tensor, mass: Tensor, white: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """fc1 in whitened coordinates, [rank, hidden], and fc2, [ffn, rank], before training."""
     z = x @ white
-    _, directions = explained(z, mass > 0)
+    directions = telling(z, mass > 0)
     wide = directions[:, : min(2 * rank, directions.shape[1])]
     rows = (torch.randn(rank, wide.shape[1], device=x.device) / wide.shape[1] ** 0.5) @ wide.T
     rows[0] = _BIAS * z.mean(0) / z.mean(0).square().sum().clamp_min(1e-6)
     columns = torch.zeros(mass.shape[1], rank, device=x.device)
     columns[:, 0] = (mass.mean(0) / _COST).clamp(1e-4).log() / _BIAS
     return rows, columns
+
+
+def whitening(x: Tensor) -> Tensor:
+    """W with E[(x W)^T (x W)] about one, float32 [hidden, hidden]; x are inputs [tokens, hidden], not centred."""
+    moments = (x.T @ x / len(x)).double()
+    values, vectors = torch.linalg.eigh(moments)
+    values = values.clamp_min(float(values.mean()) * _FLOOR)
+    return (vectors * values.rsqrt()).float()
+
+
+def telling(z: Tensor, fires: Tensor) -> Tensor:
+    """Directions of whitened inputs z [tokens, hidden], the one that explains most of `fires` [tokens, ffn] first.
+
+    What linear maps of some rank can explain is known in closed form (reduced-rank regression: Izenman, J. Multivariate
+    Analysis 5, 1975). Returns columns, [hidden, hidden].
+    """
+    cross = z.T @ (fires.float() - fires.float().mean(0)) / len(z)
+    return torch.linalg.eigh(cross @ cross.T)[1].flip(1)
 
 
 def rounded(matrix: Tensor, kind: Type) -> Tensor:

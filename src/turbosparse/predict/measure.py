@@ -1,4 +1,4 @@
-"""The threshold of a fitted predictor, and what it keeps and costs, on tokens that it was not fitted on."""
+"""What a predictor keeps and costs at every threshold, on tokens that it was not fitted on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from turbosparse.predict.fit import Tokens
+from turbosparse.predict.fit import Tokens, nats
 
 _ROWS = 256  # tokens at once
-_BINS = 1 << 16
+_SOME = 8  # of so many tokens, one says where scores lie
+_BINS = 1 << 12
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class LayerQuality:
         recall: share of the neurons that fire that are selected.
         selected: neurons selected, over neurons that fire.
         active: share of the neurons that fire.
+        nats_lost: what the neurons that fire and are not selected cost, each by itself (sensitivity.py), a token.
     """
 
     layer: int
@@ -37,45 +41,75 @@ class LayerQuality:
     recall: float
     selected: float
     active: float
+    nats_lost: float
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def threshold_for(tokens: Tokens, fc1: Tensor, fc2: Tensor, recall: float) -> float:
-    """The highest score, of 65536 tried, at which the selected neurons hold `recall` of the sum of |h|."""
-    low, high = np.inf, -np.inf
+@dataclass(frozen=True)
+class Curve:
+    """What the neurons of a layer at and above each of some scores are, per token.
+
+    Attributes:
+        score: the thresholds, float32 [bins], ascending.
+        sums: float64 [4, bins], the number of these neurons and of those of them that fire, their |h| and their nats.
+        whole: float64 [4], the same of all neurons.
+    """
+
+    score: npt.NDArray[np.float32]
+    sums: Floats
+    whole: Floats
+
+    @property
+    def mass(self) -> Floats:
+        """The share of |h| that is kept, [bins]."""
+        kept: Floats = self.sums[2] / self.whole[2] if self.whole[2] else np.ones_like(self.sums[2])
+        return kept
+
+    def best(self, price: float) -> int:
+        """Index of the threshold to take where selecting a neuron costs `price` nats: the highest of the best."""
+        gain = self.sums[3] - price * self.sums[0]
+        return int(np.flatnonzero(gain == gain.max())[-1])
+
+    def quality(self, index: int, layer: int, rank: int, bytes_share: float) -> LayerQuality:
+        """The predictor at a threshold."""
+        selected, hit, _, kept = self.sums[:, index]
+        neurons, active, _, nats_in_all = self.whole
+        return LayerQuality(
+            layer=layer,
+            rank=rank,
+            bytes_share=bytes_share,
+            mass_kept=float(self.mass[index]),
+            recall=float(hit / active) if active else 1.0,
+            selected=float(selected / active) if active else 0.0,
+            active=float(active / neurons),
+            nats_lost=float(nats_in_all - kept),
+        )
+
+
+def edges(tokens: Tokens, fc1: Tensor, fc2: Tensor) -> npt.NDArray[np.float32]:
+    """Thresholds to try: the lowest score, and others with as many scores between each two of them."""
+    lowest, some = np.inf, []
     for score, _ in _scores(tokens, fc1, fc2):
-        low, high = min(low, float(score.min())), max(high, float(score.max()))
-    width = max((high - low) / _BINS, 1e-12)
-    held = np.zeros(_BINS + 1)
-    for score, mass in _scores(tokens, fc1, fc2):
-        bins = ((score - low) / width).astype(np.int64).clip(0, _BINS)
-        held += np.bincount(bins.reshape(-1), mass.reshape(-1), _BINS + 1)
-    above = held[::-1].cumsum()[::-1]  # mass at and above each bin
-    reached = np.flatnonzero(above >= recall * above[0])
-    return float(np.float32(low + int(reached[-1]) * width)) if above[0] > 0 else high
+        lowest = min(lowest, float(score.min()))
+        some.append(score[::_SOME].reshape(-1))
+    tried = np.quantile(np.concatenate(some), np.linspace(0, 1, _BINS), method="lower")
+    return np.unique(np.append(tried, lowest).astype(np.float32))
 
 
-def quality(tokens: Tokens, fc1: Tensor, fc2: Tensor, threshold: float, layer: int, bytes_share: float) -> LayerQuality:
-    """What a predictor does at a threshold."""
-    selected = hit = active = kept = whole = 0.0
+def curve(tokens: Tokens, fc1: Tensor, fc2: Tensor, worth: Tensor, tried: npt.NDArray[np.float32]) -> Curve:
+    """The curve of a predictor over the thresholds `tried`; `worth` [ffn] is what its neurons cost (fit.nats)."""
+    below, sums = np.zeros(4), np.zeros((4, len(tried)))
     for score, mass in _scores(tokens, fc1, fc2):
-        chosen, fires = score >= threshold, mass > 0
-        selected += float(chosen.sum())
-        active += float(fires.sum())
-        hit += float((chosen & fires).sum())
-        whole += float(mass.sum(dtype=np.float64))
-        kept += float(mass[chosen].sum(dtype=np.float64))
-    return LayerQuality(
-        layer=layer,
-        rank=len(fc1),
-        bytes_share=bytes_share,
-        mass_kept=kept / whole if whole else 1.0,
-        recall=hit / active if active else 1.0,
-        selected=selected / active if active else 0.0,
-        active=active / (len(tokens.x) * len(fc2)),
-    )
+        bins = np.searchsorted(tried, score.reshape(-1), "right")  # 0: below them all
+        cost = nats(torch.from_numpy(mass), worth.cpu()).numpy()
+        for kind, weights in enumerate((np.ones_like(mass), mass > 0, mass, cost)):
+            counted = np.bincount(bins, weights.reshape(-1), len(tried) + 1)
+            below[kind] += counted[0]
+            sums[kind] += counted[1:]
+    sums = sums[:, ::-1].cumsum(1)[:, ::-1] / len(tokens.x)
+    return Curve(tried, sums, sums[:, 0] + below / len(tokens.x))
 
 
 def _scores(

@@ -16,7 +16,9 @@ from gguf import GGUFValueType
 
 from turbosparse.model.export import replacing
 from turbosparse.model.gguf import GGUFFile
+from turbosparse.model.quantize import dequantize, quantize
 
+Floats = npt.NDArray[np.float32]
 _KEYS = "turbosparse.predictor."
 
 
@@ -36,6 +38,20 @@ class StoredPredictor:
     kinds: tuple[Type, Type]
     shapes: tuple[tuple[int, int], tuple[int, int]]
     threshold: float
+
+    @classmethod
+    def of(cls, fc1: Floats, fc2: Floats, kinds: tuple[Type, Type], threshold: float = 0.0) -> StoredPredictor:
+        """Matrices [rank, hidden] and [ffn, rank] in their types."""
+        (rank, hidden), (ffn, _) = fc1.shape, fc2.shape
+        return cls(quantize(fc1, kinds[0]), quantize(fc2, kinds[1]), kinds, ((rank, hidden), (ffn, rank)), threshold)
+
+    def matrices(self) -> tuple[Floats, Floats]:
+        """fc1 and fc2 as a reader gets them."""
+        first, second = (
+            dequantize(rows.reshape(-1), kind, shape)
+            for rows, kind, shape in zip((self.fc1, self.fc2), self.kinds, self.shapes, strict=True)
+        )
+        return first, second
 
     @property
     def rank(self) -> int:
