@@ -73,12 +73,16 @@ void Forward::dense_ffn(Member& member, const Pass& pass, int64_t index) {
   const Inputs x = route(member, pass, index);
   for (const Routing::Group& group : routing.groups) {
     const Ffn& ffn = layer.ffns[group.expert];
+    enter(member, Phase::gate);
     multiply(member, ffn.gate, x.of(group), gate + group.first * f, f);
+    enter(member, Phase::up);
     multiply(member, ffn.up, x.of(group), up + group.first * f, f);
+    enter(member, Phase::other);
     combine(member, group, index, gate + group.first * f, up + group.first * f);
   }
   member.barrier();
   const Inputs h = prepare(member, routing.slots(), layer.ffns[0].down, gate, f, nullptr);
+  enter(member, Phase::down);
   for (const Routing::Group& group : routing.groups) {
     multiply(member, layer.ffns[group.expert].down, h.of(group), &update_[group.first * config_.hidden],
              config_.hidden);
@@ -152,6 +156,7 @@ Forward::Inputs Forward::predictor_hidden(Member& member, const Pass& pass, cons
                           ? x
                           : prepare(member, pass.n == 1 ? 1 : slots, layer.ffns[0].fc1, residual_.data(),
                                     config_.hidden, nullptr, kPredictor, routing.row.data());
+  enter(member, Phase::predictor);
   for (const Routing::Group& group : routing.groups) {
     multiply(member, layer.ffns[group.expert].fc1, seen.of(group), &predictor_hidden_[group.first * rank], rank);
   }
@@ -183,17 +188,24 @@ void Forward::neuron_block(Scratch& s, const Pass& pass, int64_t index, const Ro
     std::fill(partial, partial + config_.hidden, 0.0f);
   }
   // Row r is written at out + r: `first` is taken off, so that the block's rows land at the start of the buffer.
-  if (hidden) product(s, ffn.fc2, first, last, *hidden, s.prediction.data() - first, size);
-  if (at.all_gates) product(s, ffn.gate, first, last, x, s.gate.data() - first, size);
-  if (at.all_ups) product(s, ffn.up, first, last, x, s.up.data() - first, size);
+  const auto all_rows = [&](Phase phase, const Matrix& w, const Inputs& input, std::vector<float>& out) {
+    s.clock.enter(phase);
+    product(s, w, first, last, input, out.data() - first, size);
+    s.clock.enter(Phase::other);
+  };
+  if (hidden) all_rows(Phase::predictor, ffn.fc2, *hidden, s.prediction);
+  if (at.all_gates) all_rows(Phase::gate, ffn.gate, x, s.gate);
+  if (at.all_ups) all_rows(Phase::up, ffn.up, x, s.up);
   if (pass.n > 1) std::fill(s.seen.begin(), s.seen.end(), uint8_t{0});
   for (int64_t t = 0; t < pass.n; ++t) {
     if (counts_) count_row(s, at, t);
     fire(s, pass, at, t, x);
   }
   if (sums_together(pass, ffn.down)) {
+    s.clock.enter(Phase::down);
     kernels_.sum_rows(ffn.down, first, last, s.gate.data(), size, pass.n, partial_of(at.slot, block),
                       model_->neuron_blocks() * config_.hidden);
+    s.clock.enter(Phase::other);
   }
 }
 
@@ -207,8 +219,10 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
     for (int64_t i = 0; i < open; ++i) s.value[i] = up[s.open[i]];
   } else {
     list_open(s, at, open);
+    s.clock.enter(Phase::up_open);
     count_read(s, pass, at, open, at.ffn.up, 1);
     listed_product(s, at.ffn.up, open, x, row);
+    s.clock.enter(Phase::other);
   }
   // h of the open neurons; those that are not zero move to the front.
   const bool relu_up = config_.activation == Activation::drelu;
@@ -229,6 +243,7 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
     if (choice.counting()) choice.count(at.index, open, active, selected);
   }
   if (mode == Mode::dense) active = list_every(s, at, active);
+  s.clock.enter(mode == Mode::dense ? Phase::down : Phase::down_firing);
   count_read(s, pass, at, active, at.ffn.down, 2);
   if (sums_together(pass, at.ffn.down)) {
     std::copy_n(s.value.data(), at.n, &s.gate[row * model_->neuron_block()]);
@@ -238,6 +253,7 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
   } else {
     kernels_.axpy_listed(at.ffn.down, s.listed.data(), s.value.data(), active, partial_of(at.slot + row, at.block));
   }
+  s.clock.enter(Phase::other);
 }
 
 // Whether the rows of a pass leave their h in the place of their gates, to be summed up in one go: that needs every
@@ -260,8 +276,10 @@ int64_t Forward::open_gates(Scratch& s, const Pass& pass, const Neurons& at, int
     for (int64_t i = 0; i < selected; ++i) s.value[i] = gate[s.open[i]];
   } else {
     list_open(s, at, selected);
+    s.clock.enter(Phase::gate_selected);
     count_read(s, pass, at, selected, at.ffn.gate, 0);
     listed_product(s, at.ffn.gate, selected, x, row);
+    s.clock.enter(Phase::other);
   }
   int64_t open = 0;
   for (int64_t i = 0; i < selected; ++i) {
@@ -310,7 +328,7 @@ void Forward::count_read(Scratch& s, const Pass& pass, const Neurons& at, int64_
       mark = 1;
     }
   }
-  s.traffic.bytes += read * w.row_bytes;
+  s.count_read(read * w.row_bytes);
 }
 
 // What the neurons of a row do, and what the predictor says of them; every gate and up is known.

@@ -118,8 +118,19 @@ void Forward::run(const Pass& pass) {
     const auto scores = static_cast<size_t>(config_.heads / config_.kv_heads * longest);
     if (s.scores.size() < scores) s.scores.resize(2 * scores);
   }
-  model_->team().run([&](Member& member) { layers(member, pass); }, model_->pace().size());
+  const int members = model_->pace().size();
+  const bool timed = pass.decode && model_->times_phases();
+  const auto job = [&](Member& member) {
+    PhaseClock& clock = scratch_[member.rank()].clock;
+    clock.start(timed);
+    if (timed) member.time_with(&clock);
+    layers(member, pass);
+    if (timed) member.barrier();
+    clock.enter(Phase::other);
+  };
+  model_->team().run(job, members);
   model_->pace().report(model_->team().stalled());
+  for (int rank = 0; timed && rank < members; ++rank) model_->phases().add(scratch_[rank].clock.times(), members);
   if (counts_) counts_->tokens += pass.n;
   if (!pass.decode) return;
   Traffic& traffic = model_->traffic();
@@ -169,6 +180,7 @@ void Forward::head(Member& member, const Pass& pass) {
   const Matrix& w = model_->head();
   const Inputs x = prepare(member, pass.n_logits, w, residual_.data() + skipped * config_.hidden, config_.hidden,
                            model_->output_norm());
+  enter(member, Phase::head);
   multiply(member, w, x, pass.logits, vocab);
   const float cap = config_.logit_softcap;
   if (cap <= 0) return;

@@ -13,6 +13,7 @@
 
 #include "memory.h"
 #include "model.h"
+#include "phases.h"
 #include "routing.h"
 #include "session.h"
 
@@ -62,8 +63,8 @@ class Forward {
     int64_t position;
     int32_t token;
   };
-  // What a member needs for itself.
-  struct Scratch {
+  // What a member needs for itself, in cache lines of its own.
+  struct alignas(64) Scratch {
     InputRoom inputs[kRooms];
     Prepared queries;
     std::vector<float> scores, inverse;
@@ -74,6 +75,12 @@ class Forward {
     Routing routing;            // of the layer at work; the same in every member
     std::vector<Row> slots;     // the rows in the order of its slots
     Traffic traffic;
+    PhaseClock clock;
+
+    void count_read(int64_t bytes) {
+      traffic.bytes += bytes;
+      clock.read(bytes);
+    }
   };
   // The arguments of one pass, shared by the members.
   struct Pass {
@@ -98,6 +105,7 @@ class Forward {
   Mode mode_of(const Pass& pass, int64_t row, int64_t layer) const;
   bool scores_wanted(const Pass& pass, int64_t index) const;
   void run(const Pass& pass);
+  void enter(const Member& member, Phase phase) { scratch_[member.rank()].clock.enter(phase); }
   void layers(Member& member, const Pass& pass);
   void embed(Member& member, const Pass& pass);
   void head(Member& member, const Pass& pass);
@@ -157,7 +165,7 @@ class Forward {
   InputRoom shared_[kRooms];
   std::vector<Scratch> scratch_;
   Counts* counts_ = nullptr;  // the model's, while it counts
-  std::atomic<int64_t> next_block_{0};
+  alignas(64) std::atomic<int64_t> next_block_{0};
 };
 
 }  // namespace turbosparse

@@ -186,6 +186,23 @@ nb::tuple read_traffic(Model& model, bool reset) {
   return nb::make_tuple(t.tokens, t.bytes, t.active_neurons, t.open_gates, t.selected_neurons);
 }
 
+// [(phase, seconds, seconds of waiting among them, bytes)].
+nb::list read_phases(Model& model, bool reset) {
+  PhaseTimes times;
+  {
+    const nb::gil_scoped_release unlocked;
+    const std::lock_guard<std::mutex> lock(model.busy());
+    times = model.phases();
+    if (reset) model.phases() = PhaseTimes{};
+  }
+  nb::list phases;
+  for (size_t p = 0; p < kPhases; ++p) {
+    const auto& sums = times.phases[p];
+    phases.append(nb::make_tuple(kPhaseNames[p], 1e-9 * sums.nanoseconds, 1e-9 * sums.waited, sums.bytes));
+  }
+  return phases;
+}
+
 int32_t sample_from(Floats logits, const SamplingParams& params, const std::vector<int32_t>& history,
                     uint64_t position) {
   const auto vocab = static_cast<int64_t>(logits.size());
@@ -253,6 +270,21 @@ NB_MODULE(_native, m) {
           "on"_a)
       .def("read_counts", &read_counts, "routed"_a, "gate"_a, "up"_a, "h"_a, "selected"_a, "hit"_a, "reset"_a)
       .def("read_traffic", &read_traffic, "reset"_a)
+      .def(
+          "time_phases",
+          [](Model& self, bool on) {
+            const nb::gil_scoped_release unlocked;
+            const std::lock_guard<std::mutex> lock(self.busy());
+            self.time_phases(on);
+          },
+          "on"_a)
+      .def("read_phases", &read_phases, "reset"_a)
+      .def("read_rate",
+           [](Model& self) {
+             const nb::gil_scoped_release unlocked;
+             const std::lock_guard<std::mutex> lock(self.busy());
+             return self.read_rate();
+           })
       .def_prop_ro("isa", [](Model& self) { return std::string(self.kernels().isa); })
       .def_prop_ro("weight_bytes", &Model::weight_bytes);
 

@@ -63,6 +63,7 @@ Forward::Inputs Forward::prepare(Member& member, int64_t n, const Matrix& w, con
                                  const float* norm, Room room, const int32_t* rows) {
   // A single vector is prepared by every member for itself: cheaper than a barrier.
   const bool alone = n == 1;
+  enter(member, Phase::other);
   const int64_t cols = w.cols, blocks = cols / kBlock;
   InputRoom& into = alone ? scratch_[member.rank()].inputs[room] : shared_[room];
   const bool quantized = !model_->exact_fp32() && cols % kBlock == 0;
@@ -95,7 +96,7 @@ Forward::Inputs Forward::normed(Member& member, int64_t n, const float* weight, 
 
 void Forward::product(Scratch& scratch, const Matrix& w, int64_t first, int64_t last, const Inputs& x, float* out,
                       int64_t stride) {
-  scratch.traffic.bytes += (last - first) * w.row_bytes;
+  scratch.count_read((last - first) * w.row_bytes);
   kernels_.dot(w, first, last, x.both(), out, stride);
 }
 

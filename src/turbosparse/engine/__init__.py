@@ -9,8 +9,8 @@ except ImportError as error:
         f"the native module of turbosparse is missing or broken ({error}); install turbosparse with pip."
     ) from None
 
-from turbosparse.engine.engine import ActivationCounts, Engine, Session, Traffic
+from turbosparse.engine.engine import ActivationCounts, Engine, PhaseTime, Session, Traffic
 from turbosparse.engine.generate import Chunk, generate
 from turbosparse.engine.sampler import SamplingParams
 
-__all__ = ["ActivationCounts", "Chunk", "Engine", "SamplingParams", "Session", "Traffic", "generate"]
+__all__ = ["ActivationCounts", "Chunk", "Engine", "PhaseTime", "SamplingParams", "Session", "Traffic", "generate"]
