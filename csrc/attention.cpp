@@ -15,8 +15,6 @@ constexpr int64_t kTogether = 128;  // values that stay in the first-level cache
 void Forward::attention(Member& member, const Pass& pass, int64_t index) {
   const Layer& layer = model_->layers()[index];
   const int64_t q = config_.q_size(), kv = config_.kv_size(), stride = q + 2 * kv;
-  // For the FFN of this layer: the last one's is done, and barriers follow.
-  if (member.rank() == 0) next_block_.store(0, std::memory_order_relaxed);
   const Inputs x = normed(member, pass.n, layer.attention_norm, layer.q);
   enter(member, Phase::qkv);
   multiply(member, layer.q, x, qkv_.data(), stride);

@@ -13,6 +13,7 @@
 #include "bandwidth.h"
 #include "forward.h"
 #include "model.h"
+#include "pieces.h"
 #include "sampler.h"
 #include "session.h"
 
@@ -235,6 +236,16 @@ NB_MODULE(_native, m) {
           "most"_a)
       .def("report", &Pace::report, "stalled"_a)
       .def_prop_ro("size", &Pace::size);
+
+  nb::class_<Pieces>(m, "Pieces")  // for its tests, too
+      .def(nb::init<>())
+      .def(
+          "next",
+          [](Pieces& self, uint32_t work, int64_t total, int64_t least, int members) {
+            const auto [first, last] = self.next(work, total, least, members);
+            return nb::make_tuple(first, last);
+          },
+          "work"_a, "total"_a, "least"_a, "members"_a);
 
   nb::class_<Model>(m, "Model")
       .def(

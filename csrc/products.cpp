@@ -104,23 +104,19 @@ void Forward::listed_product(Scratch& scratch, const Matrix& w, int64_t n, const
   kernels_.dot_listed(w, scratch.listed.data(), n, x.both(), vector, scratch.value.data());
 }
 
-void Forward::multiply(Member& member, const Matrix& w, const Inputs& x, float* out, int64_t stride) {
-  const auto [first, last] = member.part(w.rows, 16);
-  if (first < last) product(scratch_[member.rank()], w, first, last, x, out, stride);
-}
-
 void Forward::add_to_residual(Member& member, const Pass& pass, const Matrix& w, const Inputs& x,
                               const float* post_norm) {
   const int64_t d = config_.hidden;
-  multiply(member, w, x, update_.data(), d);
   if (post_norm) {
+    multiply(member, w, x, update_.data(), d);
     norm_into_residual(member, pass.n, post_norm);
     return;
   }
-  const auto [first, last] = member.part(w.rows, 16);
-  for (int64_t t = 0; t < pass.n; ++t) {
-    for (int64_t c = first; c < last; ++c) residual_[t * d + c] += update_[t * d + c];
-  }
+  multiply(member, w, x, update_.data(), d, [&](int64_t first, int64_t last) {
+    for (int64_t t = 0; t < pass.n; ++t) {
+      for (int64_t c = first; c < last; ++c) residual_[t * d + c] += update_[t * d + c];
+    }
+  });
   member.barrier();
 }
 

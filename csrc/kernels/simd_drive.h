@@ -32,10 +32,8 @@ struct Rows {
   }
 };
 
-// One vector meets short rows four at a time (they share its loads and the end of their sums), long ones one after the
-// other: memory serves one stream faster than four.
-inline constexpr int kTallRows = 4;
-inline constexpr int64_t kLongRow = 1024;           // bytes
+// One vector meets rows one after the other: memory serves one stream faster than several, however short the rows.
+inline constexpr int kTallRows = 4;                 // of other tiles
 inline constexpr int64_t kBlockBytes = 640 * 1024;  // rows that stay in the second-level cache over all vectors
 
 // Rows in order: the processor foresees them.
@@ -135,13 +133,7 @@ static void dot_vectors(const Matrix& w, int64_t first, int64_t last, const Vect
                         int64_t stride) {
   const typename Tile::template Input<N> input(w, x, v);
   out += v * stride;
-  if constexpr (N > 1) {
-    dot_rows<Tile, Tile::kWideRows, N>(w, first, last, input, out, stride);
-  } else if (w.row_bytes > kLongRow) {
-    dot_rows<Tile, 1, 1>(w, first, last, input, out, stride);
-  } else {
-    dot_rows<Tile, kTallRows, 1>(w, first, last, input, out, stride);
-  }
+  dot_rows<Tile, N == 1 ? 1 : Tile::kWideRows, N>(w, first, last, input, out, stride);
 }
 
 template <class Tile, int N>
