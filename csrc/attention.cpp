@@ -15,13 +15,13 @@ constexpr int64_t kTogether = 128;  // values that stay in the first-level cache
 void Forward::attention(Member& member, const Pass& pass, int64_t index) {
   const Layer& layer = model_->layers()[index];
   const int64_t q = config_.q_size(), kv = config_.kv_size(), stride = q + 2 * kv;
-  // For the FFN of this layer: the last one's is done, and barriers follow.
-  if (member.rank() == 0) next_block_.store(0, std::memory_order_relaxed);
   const Inputs x = normed(member, pass.n, layer.attention_norm, layer.q);
+  enter(member, Phase::qkv);
   multiply(member, layer.q, x, qkv_.data(), stride);
   multiply(member, layer.k, x, qkv_.data() + q, stride);
   multiply(member, layer.v, x, qkv_.data() + q + kv, stride);
   member.barrier();
+  enter(member, Phase::attention);
   store_keys_and_values(member, pass, index);
   member.barrier();
   // Heads that share keys are scored together, so that a key is read once, unless that leaves a member idle.
@@ -35,6 +35,7 @@ void Forward::attention(Member& member, const Pass& pass, int64_t index) {
   }
   member.barrier();
   const Inputs attended = prepare(member, pass.n, layer.o, attended_.data(), q, nullptr);
+  enter(member, Phase::attention_output);
   add_to_residual(member, pass, layer.o, attended, layer.post_attention_norm);
 }
 
@@ -93,9 +94,12 @@ void Forward::attend(Scratch& scratch, const Pass& pass, int64_t index, int64_t 
   const int64_t end = pass.rows[row].position + 1;
   const int64_t begin = layer.sliding ? std::max<int64_t>(0, end - config_.sliding_window) : 0;
   const int64_t count = end - begin, cell = begin % cells, before_wrap = std::min(count, cells - cell);
+  const Matrix& keys = cache.keys(index, kv_head);
+  const Matrix& values = cache.values(index, kv_head);
+  // Heads that share keys find them in a cache after the first.
+  if (head % (config_.heads / config_.kv_heads) == 0) scratch.clock.read(count * (keys.row_bytes + values.row_bytes));
   const Vectors queries = queries_of(scratch, cache, &qkv_[row * stride + head * d], heads);
   float* all_scores = scratch.scores.data();
-  const Matrix& keys = cache.keys(index, kv_head);
   kernels_.dot(keys, cell, cell + before_wrap, queries, all_scores - cell, count);
   if (before_wrap < count) kernels_.dot(keys, 0, count - before_wrap, queries, all_scores + before_wrap, count);
   float* out = &attended_[row * config_.q_size() + head * d];
@@ -109,7 +113,6 @@ void Forward::attend(Scratch& scratch, const Pass& pass, int64_t index, int64_t 
     }
     inverse[h] = 1.0f / kernels_.exp_sum(scores, count, kernels_.maximum(scores, count));
   }
-  const Matrix& values = cache.values(index, kv_head);
   for (int64_t p = 0; p < count;) {
     const int64_t at = p < before_wrap ? cell + p : p - before_wrap;
     const int64_t n = std::min(kTogether, (p < before_wrap ? before_wrap : count) - p);

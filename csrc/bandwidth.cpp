@@ -8,7 +8,6 @@
 #include <cstring>
 
 #include "memory.h"
-#include "team.h"
 
 namespace turbosparse {
 namespace {
@@ -26,28 +25,38 @@ uint64_t read_all(const uint64_t* words, int64_t n) {
 
 }  // namespace
 
+double read_rate(Team& team, int members, const std::vector<std::span<const std::byte>>& parts) {
+  constexpr int64_t kPage = 4096;
+  std::atomic<uint64_t> sink{0};
+  size_t bytes = 0;
+  for (const auto& part : parts) bytes += part.size();
+  const auto start = std::chrono::steady_clock::now();
+  team.run(
+      [&](Member& member) {
+        for (const auto& part : parts) {
+          const auto [first, last] = member.part(static_cast<int64_t>(part.size()), kPage);
+          sink += read_all(reinterpret_cast<const uint64_t*>(part.data() + first), (last - first) / 8);
+        }
+      },
+      members);
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+  return static_cast<double>(bytes) / took.count() / 1e9;
+}
+
 double read_bandwidth(size_t bytes, int threads, int passes) {
   const Mapping buffer(bytes / 4096 * 4096 + 4096);
-  const auto* words = reinterpret_cast<const uint64_t*>(buffer.data());
-  const auto n = static_cast<int64_t>(buffer.size() / 8);
+  const auto n = static_cast<int64_t>(buffer.size());
   Team team(threads);
   // Pages that were never written are one shared page of zeros: write them, each by the thread that will read it.
   team.run([&](Member& member) {
-    const auto [first, last] = member.part(n, 512);
-    std::memset(buffer.data() + first * 8, 1, (last - first) * 8);
+    const auto [first, last] = member.part(n, 4096);
+    std::memset(buffer.data() + first, 1, last - first);
   });
-  std::atomic<uint64_t> sink{0};
   double best = 0;
   for (int pass = 0; pass < passes; ++pass) {
-    const auto start = std::chrono::steady_clock::now();
-    team.run([&](Member& member) {
-      const auto [first, last] = member.part(n, 512);
-      sink += read_all(words + first, last - first);
-    });
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    best = std::max(best, static_cast<double>(n) * 8 / took.count() / 1e9);
+    best = std::max(best, read_rate(team, threads, {{buffer.data(), buffer.size()}}));
   }
-  return sink.load() == 1 ? 0 : best;
+  return best;
 }
 
 }  // namespace turbosparse

@@ -67,30 +67,38 @@ void Forward::add_outputs(Member& member, const Routing& routing, const float* p
 
 void Forward::dense_ffn(Member& member, const Pass& pass, int64_t index) {
   const Layer& layer = model_->layers()[index];
-  const Routing& routing = scratch_[member.rank()].routing;
+  Scratch& s = scratch_[member.rank()];
   const int64_t f = config_.ffn;
-  float *gate = hidden_.data(), *up = gate + most_slots_ * f;
   const Inputs x = route(member, pass, index);
-  for (const Routing::Group& group : routing.groups) {
+  for (const Routing::Group& group : s.routing.groups) {
     const Ffn& ffn = layer.ffns[group.expert];
-    multiply(member, ffn.gate, x.of(group), gate + group.first * f, f);
-    multiply(member, ffn.up, x.of(group), up + group.first * f, f);
-    combine(member, group, index, gate + group.first * f, up + group.first * f);
+    const Inputs mine = x.of(group);
+    float *gate = gates() + group.first * f, *up = ups() + group.first * f;
+    share_rows(member, ffn.gate, mine, [&](int64_t first, int64_t last) {
+      s.clock.enter(Phase::gate);
+      product(s, ffn.gate, first, last, mine, gate, f);
+      s.clock.enter(Phase::up);
+      product(s, ffn.up, first, last, mine, up, f);
+      s.clock.enter(Phase::other);
+      combine(group, index, first, last, gate, up);
+    });
   }
   member.barrier();
-  const Inputs h = prepare(member, routing.slots(), layer.ffns[0].down, gate, f, nullptr);
-  for (const Routing::Group& group : routing.groups) {
+  const Inputs h = prepare(member, s.routing.slots(), layer.ffns[0].down, gates(), f, nullptr);
+  enter(member, Phase::down);
+  for (const Routing::Group& group : s.routing.groups) {
     multiply(member, layer.ffns[group.expert].down, h.of(group), &update_[group.first * config_.hidden],
              config_.hidden);
   }
-  add_outputs(member, routing, layer.post_ffn_norm);
+  member.barrier();
+  add_outputs(member, s.routing, layer.post_ffn_norm);
 }
 
-// h of a group's rows, in the place of their gates.
-void Forward::combine(Member& member, const Routing::Group& group, int64_t index, float* gate, const float* up) {
+// h of neurons [first, last) of a group's rows, in the place of their gates.
+void Forward::combine(const Routing::Group& group, int64_t index, int64_t first, int64_t last, float* gate,
+                      const float* up) {
   const int64_t f = config_.ffn, base = (index * config_.ffns() + group.expert) * f;
   const auto h_of = config_.activation == Activation::swiglu ? kernels_.swiglu : kernels_.geglu;
-  const auto [first, last] = member.part(f, 16);
   for (int64_t t = 0; t < group.n; ++t) {
     float* g = gate + t * f + first;
     const float* u = up + t * f + first;
@@ -113,18 +121,55 @@ void Forward::sparse_ffn(Member& member, const Pass& pass, int64_t index) {
   const Inputs x = route(member, pass, index);
   const bool predicts = scores_wanted(pass, index);
   const Inputs hidden = predicts ? predictor_hidden(member, pass, layer, x) : Inputs{};
-  const int64_t blocks = model_->neuron_blocks(), tasks = blocks * static_cast<int64_t>(s.routing.groups.size());
-  for (int64_t task; (task = next_block_.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-    const Routing::Group& group = s.routing.groups[task / blocks];
+  const auto rows_of = [&](const Routing::Group& group) {
     Pass part = pass;
     part.rows = &s.slots[group.first];
     part.n = group.n;
-    const Inputs scored = hidden.of(group);
-    neuron_block(s, part, index, group, task % blocks, x.of(group), predicts ? &scored : nullptr);
+    return part;
+  };
+  for (const Routing::Group& group : s.routing.groups) {
+    const Whole whole = whole_of(rows_of(group), index, predicts);
+    whole_products(member, layer.ffns[group.expert], whole, group, x.of(group), hidden.of(group));
   }
+  member.barrier();
+  enter(member, Phase::other);
+  const int64_t blocks = model_->neuron_blocks(), groups = static_cast<int64_t>(s.routing.groups.size());
+  share(member, blocks * groups, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const Routing::Group& group = s.routing.groups[task / blocks];
+      const Pass part = rows_of(group);
+      neuron_block(s, part, index, group, task % blocks, x.of(group), whole_of(part, index, predicts));
+    }
+  });
   member.barrier();
   reduce_blocks(member, s.routing.slots());
   add_outputs(member, s.routing, layer.post_ffn_norm);
+}
+
+// Counting needs everything.
+Forward::Whole Forward::whole_of(const Pass& pass, int64_t index, bool predicts) const {
+  Whole whole{predicts, counts_ != nullptr, counts_ != nullptr};
+  for (int64_t t = 0; t < pass.n; ++t) {
+    const Mode mode = mode_of(pass, t, index);
+    whole.gates = whole.gates || mode != Mode::predicted;
+    // In a prompt, most rows of up are needed by some token.
+    whole.ups = whole.ups || mode == Mode::dense || (mode == Mode::exact && !pass.decode);
+  }
+  return whole;
+}
+
+// What is computed for all neurons, whatever their blocks: the longer a run of rows, the faster memory serves it.
+void Forward::whole_products(Member& member, const Ffn& ffn, const Whole& whole, const Routing::Group& group,
+                             const Inputs& x, const Inputs& hidden) {
+  const int64_t f = config_.ffn;
+  const auto all_rows = [&](bool wanted, Phase phase, const Matrix& w, const Inputs& input, float* out) {
+    if (!wanted) return;
+    enter(member, phase);
+    multiply(member, w, input, out + group.first * f, f);
+  };
+  all_rows(whole.scores, Phase::predictor, ffn.fc2, hidden, scores());
+  all_rows(whole.gates, Phase::gate, ffn.gate, x, gates());
+  all_rows(whole.ups, Phase::up, ffn.up, x, ups());
 }
 
 // How a row computes a layer: dense, exact or predicted.
@@ -160,63 +205,57 @@ Forward::Inputs Forward::predictor_hidden(Member& member, const Pass& pass, cons
                           ? x
                           : prepare(member, pass.n == 1 ? 1 : slots, layer.ffns[0].fc1, residual_.data(),
                                     config_.hidden, nullptr, kPredictor, routing.row.data());
+  enter(member, Phase::predictor);
   for (const Routing::Group& group : routing.groups) {
-    multiply(member, layer.ffns[group.expert].fc1, seen.of(group), &predictor_hidden_[group.first * rank], rank);
-  }
-  const auto [first, last] = member.part(rank, 16);
-  for (int64_t t = 0; t < slots; ++t) {
-    for (int64_t r = first; r < last; ++r) {
-      float& value = predictor_hidden_[t * rank + r];
-      value = value > 0 ? value : 0;
-    }
+    float* out = &predictor_hidden_[group.first * rank];
+    multiply(member, layer.ffns[group.expert].fc1, seen.of(group), out, rank, [&](int64_t first, int64_t last) {
+      for (int64_t t = 0; t < group.n; ++t) {
+        for (int64_t r = first; r < last; ++r) {
+          float& value = out[t * rank + r];
+          value = value > 0 ? value : 0;
+        }
+      }
+    });
   }
   member.barrier();
   return prepare(member, slots, layer.ffns[0].fc2, predictor_hidden_.data(), rank, nullptr, kPredictor);
 }
 
-// One block of neurons for all rows of a group; what several rows need is in a cache after the first. `hidden` is null
-// where nothing is predicted.
+// One block of neurons for all rows of a group; what several rows need is in a cache after the first.
 void Forward::neuron_block(Scratch& s, const Pass& pass, int64_t index, const Routing::Group& group, int64_t block,
-                           const Inputs& x, const Inputs* hidden) {
+                           const Inputs& x, const Whole& whole) {
   const Ffn& ffn = model_->layers()[index].ffns[group.expert];
   const int64_t size = model_->neuron_block(), first = block * size, last = std::min(first + size, config_.ffn);
-  Neurons at{ffn,   index,        group.expert,       group.first,        block,
-             first, last - first, counts_ != nullptr, counts_ != nullptr, hidden != nullptr};
-  for (int64_t t = 0; t < pass.n; ++t) {
-    const Mode mode = mode_of(pass, t, index);
-    at.all_gates = at.all_gates || mode != Mode::predicted;
-    // In a prompt, most rows of up are needed by some token.
-    at.all_ups = at.all_ups || mode == Mode::dense || (mode == Mode::exact && !pass.decode);
-    float* partial = partial_of(at.slot + t, block);
-    std::fill(partial, partial + config_.hidden, 0.0f);
-  }
-  // Row r is written at out + r: `first` is taken off, so that the block's rows land at the start of the buffer.
-  if (hidden) product(s, ffn.fc2, first, last, *hidden, s.prediction.data() - first, size);
-  if (at.all_gates) product(s, ffn.gate, first, last, x, s.gate.data() - first, size);
-  if (at.all_ups) product(s, ffn.up, first, last, x, s.up.data() - first, size);
+  const Neurons at{ffn, index, group.expert, group.first, block, first, last - first, whole};
   if (pass.n > 1) std::fill(s.seen.begin(), s.seen.end(), uint8_t{0});
   for (int64_t t = 0; t < pass.n; ++t) {
-    if (counts_) count_row(s, pass, at, t);
+    float* partial = partial_of(at.slot + t, block);
+    std::fill(partial, partial + config_.hidden, 0.0f);
+    if (counts_) count_row(pass, at, t);
     fire(s, pass, at, t, x);
   }
   if (sums_together(pass, ffn.down)) {
-    kernels_.sum_rows(ffn.down, first, last, s.gate.data(), size, pass.n, partial_of(at.slot, block),
+    s.clock.enter(Phase::down);
+    kernels_.sum_rows(ffn.down, first, last, row_of(gates(), at, 0), config_.ffn, pass.n, partial_of(at.slot, block),
                       model_->neuron_blocks() * config_.hidden);
+    s.clock.enter(Phase::other);
   }
 }
 
 // The neurons of a row that fire, added to its partial sum.
 void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x) {
   const Mode mode = mode_of(pass, row, at.index);
-  const int64_t selected = at.scores ? select(s, pass, at, row) : 0;
+  const int64_t selected = at.whole.scores ? select(s, pass, at, row) : 0;
   const int64_t open = open_gates(s, pass, at, row, x, mode == Mode::predicted ? selected : -1);
-  if (at.all_ups) {
-    const float* up = &s.up[row * model_->neuron_block()];
+  if (at.whole.ups) {
+    const float* up = row_of(ups(), at, row);
     for (int64_t i = 0; i < open; ++i) s.value[i] = up[s.open[i]];
   } else {
     list_open(s, at, open);
+    s.clock.enter(Phase::up_open);
     count_read(s, pass, at, open, at.ffn.up, 1);
     listed_product(s, at.ffn.up, open, x, row);
+    s.clock.enter(Phase::other);
   }
   // h of the open neurons; those that are not zero move to the front.
   const bool relu_up = config_.activation == Activation::drelu;
@@ -230,7 +269,7 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
     active += h != 0;
   }
   if (audits(pass, at.index)) {
-    const float* margin = &s.prediction[row * model_->neuron_block()];
+    const float* margin = row_of(scores(), at, row);
     for (int64_t i = 0; i < active; ++i) {
       const int64_t neuron = s.listed[i];
       pass.audit->note(at.index, at.slot + row, neuron, margin[neuron - at.first], s.value[i]);
@@ -244,15 +283,17 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
     if (choice.counting()) choice.count(at.index, open, active, selected);
   }
   if (mode == Mode::dense) active = list_every(s, at, active);
+  s.clock.enter(mode == Mode::dense ? Phase::down : Phase::down_firing);
   count_read(s, pass, at, active, at.ffn.down, 2);
   if (sums_together(pass, at.ffn.down)) {
-    std::copy_n(s.value.data(), at.n, &s.gate[row * model_->neuron_block()]);
+    std::copy_n(s.value.data(), at.n, row_of(gates(), at, row));
   } else if (at.ffn.down.largest) {
     kernels_.sum_listed(at.ffn.down, s.listed.data(), s.value.data(), active, at.n,
                         partial_of(at.slot + row, at.block));
   } else {
     kernels_.axpy_listed(at.ffn.down, s.listed.data(), s.value.data(), active, partial_of(at.slot + row, at.block));
   }
+  s.clock.enter(Phase::other);
 }
 
 // Whether the rows of a pass leave their h in the place of their gates, to be summed up in one go: that needs every
@@ -265,18 +306,20 @@ bool Forward::sums_together(const Pass& pass, const Matrix& down) {
 // counted from at.first, and their values s.gate_open. Returns how many.
 int64_t Forward::open_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x,
                             int64_t selected) {
-  float* gate = &s.gate[row * model_->neuron_block()];
+  const float* gate = row_of(gates(), at, row);
   if (selected < 0) {
     const int64_t positive = kernels_.positive(gate, at.n, s.open.data());
     for (int64_t i = 0; i < positive; ++i) s.value[i] = gate[s.open[i]];
     return keep_open(s, positive);
   }
-  if (at.all_gates) {
+  if (at.whole.gates) {
     for (int64_t i = 0; i < selected; ++i) s.value[i] = gate[s.open[i]];
   } else {
     list_open(s, at, selected);
+    s.clock.enter(Phase::gate_selected);
     count_read(s, pass, at, selected, at.ffn.gate, 0);
     listed_product(s, at.ffn.gate, selected, x, row);
+    s.clock.enter(Phase::other);
   }
   return keep_open(s, selected);
 }
@@ -297,7 +340,7 @@ int64_t Forward::keep_open(Scratch& s, int64_t n) const {
 int64_t Forward::select(Scratch& s, const Pass& pass, const Neurons& at, int64_t row) {
   // score >= threshold is score > the number before it, and the difference of two floats is positive where they differ.
   const float below = std::nextafter(pass.rows[row].session->audit_.threshold(at.index, at.expert), -INFINITY);
-  float* score = &s.prediction[row * model_->neuron_block()];
+  float* score = row_of(scores(), at, row);
   for (int64_t i = 0; i < at.n; ++i) score[i] -= below;
   return kernels_.positive(score, at.n, s.open.data());
 }
@@ -331,17 +374,18 @@ void Forward::count_read(Scratch& s, const Pass& pass, const Neurons& at, int64_
       mark = 1;
     }
   }
-  s.traffic.bytes += read * w.row_bytes;
+  s.count_read(read * w.row_bytes);
 }
 
 // What the neurons of a row do, and what the predictor says of them; every gate and up is known.
-void Forward::count_row(Scratch& s, const Pass& pass, const Neurons& at, int64_t row) {
-  const int64_t offset = row * model_->neuron_block();
+void Forward::count_row(const Pass& pass, const Neurons& at, int64_t row) {
+  const float *gates_of = row_of(gates(), at, row), *ups_of = row_of(ups(), at, row);
+  const float* scores_of = row_of(scores(), at, row);
   const int64_t base = (at.index * config_.ffns() + at.expert) * config_.ffn + at.first;
   const bool relu_up = config_.activation == Activation::drelu;
   const float threshold = pass.rows[row].session->audit_.threshold(at.index, at.expert);
   for (int64_t i = 0; i < at.n; ++i) {
-    const float gate = s.gate[offset + i], up = s.up[offset + i];
+    const float gate = gates_of[i], up = ups_of[i];
     const float h = opens(gate) && (!relu_up || up > 0) ? above(gate * up, at.ffn.least_value) : 0.0f;
     const bool fires = h != 0;
     counts_->gate[base + i] += opens(gate);
@@ -349,7 +393,7 @@ void Forward::count_row(Scratch& s, const Pass& pass, const Neurons& at, int64_t
     counts_->h[base + i] += fires;
     counts_->mass[base + i] += std::fabs(h);
     if (at.ffn.fc1.rows == 0) continue;
-    const bool selected = s.prediction[offset + i] >= threshold;
+    const bool selected = scores_of[i] >= threshold;
     counts_->selected[base + i] += selected;
     counts_->hit[base + i] += selected && fires;
     if (!selected) counts_->missed[base + i] += std::fabs(h);

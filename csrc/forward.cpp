@@ -19,10 +19,9 @@ Forward::Forward(std::shared_ptr<Model> model)
   update_.resize(most_slots_ * config_.hidden);
   qkv_.resize(n * (config_.q_size() + 2 * config_.kv_size()));
   attended_.resize(n * config_.q_size());
+  hidden_ = Mapping(3 * most_slots_ * config_.ffn * sizeof(float), false);
   if (config_.sparse()) {
     partial_ = Mapping(most_slots_ * model_->neuron_blocks() * config_.hidden * sizeof(float), false);
-  } else {
-    hidden_.resize(2 * most_slots_ * config_.ffn);
   }
   const int64_t rank = config_.widest_predictor();
   predictor_hidden_.resize(most_slots_ * rank);
@@ -41,7 +40,6 @@ Forward::Forward(std::shared_ptr<Model> model)
     resize(s.inputs, 1);
     s.queries.resize(config_.heads / config_.kv_heads, config_.head_dim);
     s.inverse.resize(config_.heads / config_.kv_heads);
-    for (auto* of_rows : {&s.gate, &s.up, &s.prediction}) of_rows->resize(n * per_block);
     for (auto* of_row : {&s.gate_open, &s.value}) of_row->resize(per_block);
     s.open.resize(per_block);
     s.listed.resize(per_block);
@@ -153,11 +151,24 @@ void Forward::run(const Pass& pass) {
   }
   for (Scratch& s : scratch_) {
     s.traffic = Traffic{};
+    s.work = works_;
     const auto scores = static_cast<size_t>(config_.heads / config_.kv_heads * longest);
     if (s.scores.size() < scores) s.scores.resize(2 * scores);
   }
-  model_->team().run([&](Member& member) { layers(member, pass); }, model_->pace().size());
+  const int members = model_->pace().size();
+  const bool timed = pass.decode && model_->times_phases();
+  const auto job = [&](Member& member) {
+    PhaseClock& clock = scratch_[member.rank()].clock;
+    clock.start(timed);
+    if (timed) member.time_with(&clock);
+    layers(member, pass);
+    if (timed) member.barrier();
+    clock.enter(Phase::other);
+  };
+  model_->team().run(job, members);
+  works_ = scratch_[0].work;
   model_->pace().report(model_->team().stalled());
+  for (int rank = 0; timed && rank < members; ++rank) model_->phases().add(scratch_[rank].clock.times(), members);
   if (counts_) counts_->tokens += pass.n;
   if (!pass.decode) return;
   Traffic cost{pass.n, pass.n * model_->embedding().row_bytes};
@@ -206,16 +217,16 @@ void Forward::head(Member& member, const Pass& pass) {
   const Matrix& w = model_->head();
   const Inputs x = prepare(member, pass.n_logits, w, residual_.data() + skipped * config_.hidden, config_.hidden,
                            model_->output_norm());
-  multiply(member, w, x, pass.logits, vocab);
+  enter(member, Phase::head);
   const float cap = config_.logit_softcap;
-  if (cap <= 0) return;
-  const auto [first, last] = member.part(vocab, 16);
-  for (int64_t t = 0; t < pass.n_logits; ++t) {
-    for (int64_t r = first; r < last; ++r) {
-      float& logit = pass.logits[t * vocab + r];
-      logit = cap * std::tanh(logit / cap);
+  multiply(member, w, x, pass.logits, vocab, [&](int64_t first, int64_t last) {
+    for (int64_t t = 0; cap > 0 && t < pass.n_logits; ++t) {
+      for (int64_t r = first; r < last; ++r) {
+        float& logit = pass.logits[t * vocab + r];
+        logit = cap * std::tanh(logit / cap);
+      }
     }
-  }
+  });
 }
 
 }  // namespace turbosparse

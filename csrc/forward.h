@@ -6,13 +6,14 @@
 // neurons has an order of its own that does not depend on what is computed beside it.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "memory.h"
 #include "model.h"
+#include "phases.h"
+#include "pieces.h"
 #include "routing.h"
 #include "session.h"
 
@@ -67,18 +68,24 @@ class Forward {
     int64_t position;
     int32_t token;
   };
-  // What a member needs for itself.
-  struct Scratch {
+  // What a member needs for itself, in cache lines of its own.
+  struct alignas(64) Scratch {
     InputRoom inputs[kRooms];
     Prepared queries;
     std::vector<float> scores, inverse;
-    std::vector<float> gate, up, prediction;  // [rows, neurons of a block]
-    std::vector<float> gate_open, value;      // of listed neurons
+    std::vector<float> gate_open, value;  // of listed neurons
     std::vector<int32_t> open, listed;
     std::vector<uint8_t> seen;  // [gate, up and down, neurons of a block]: read for an earlier row already
     Routing routing;            // of the layer at work; the same in every member
     std::vector<Row> slots;     // the rows in the order of its slots
     Traffic traffic;
+    PhaseClock clock;
+    uint32_t work = 0;  // number of the one at hand
+
+    void count_read(int64_t bytes) {
+      traffic.bytes += bytes;
+      clock.read(bytes);
+    }
   };
   // The arguments of one pass, shared by the members.
   struct Pass {
@@ -92,13 +99,16 @@ class Forward {
     Mode audited = Mode::exact;  // how the only row will be run again
     Audit* audit = nullptr;      // that this pass is for
   };
+  // What of an FFN is computed for all neurons and rows of a group; the rest, each row for those neurons that need it.
+  struct Whole {
+    bool scores, gates, ups;
+  };
   // A block of a sparse FFN at work: neurons [first, first + n) of an FFN of layer `index`, for the rows from `slot`
   // on.
   struct Neurons {
     const Ffn& ffn;
     int64_t index, expert, slot, block, first, n;
-    bool all_gates, all_ups;  // computed for every row; else each row computes those that it needs
-    bool scores;              // of the predictor are there
+    Whole whole;
   };
 
   void check(const Session& session, int64_t n, Mode mode) const;
@@ -109,6 +119,7 @@ class Forward {
   bool opens(float gate) const { return gate > 0 && gate >= config_.gate_threshold; }
   void run(const Pass& pass);
   std::vector<int64_t> audit(const Row* rows, int64_t n, Mode mode);
+  void enter(const Member& member, Phase phase) { scratch_[member.rank()].clock.enter(phase); }
   void layers(Member& member, const Pass& pass);
   void embed(Member& member, const Pass& pass);
   void head(Member& member, const Pass& pass);
@@ -119,7 +130,39 @@ class Forward {
   // With `rows`, vector i is row rows[i] of the source.
   Inputs prepare(Member& member, int64_t n, const Matrix& w, const float* source, int64_t stride, const float* norm,
                  Room room = kMain, const int32_t* rows = nullptr);
-  void multiply(Member& member, const Matrix& w, const Inputs& x, float* out, int64_t stride);
+  void multiply(Member& member, const Matrix& w, const Inputs& x, float* out, int64_t stride) {
+    multiply(member, w, x, out, stride, [](int64_t, int64_t) {});
+  }
+  // And then(first, last) for every piece of rows, by the member that multiplied it.
+  template <class Then>
+  void multiply(Member& member, const Matrix& w, const Inputs& x, float* out, int64_t stride, Then then) {
+    share_rows(member, w, x, [&](int64_t first, int64_t last) {
+      product(scratch_[member.rank()], w, first, last, x, out, stride);
+      then(first, last);
+    });
+  }
+  // Calls work(first, last) for pieces of the rows of w until the members have done all of them.
+  template <class Work>
+  void share_rows(Member& member, const Matrix& w, const Inputs& x, Work work) {
+    constexpr int64_t kAlign = 16, kLeastBytes = 16 << 10;
+    if (x.values.count > 1) {  // bound by the core, and inputs are made ready for each piece
+      const auto [first, last] = member.part(w.rows, kAlign);
+      if (first < last) work(first, last);
+      return;
+    }
+    const int64_t least = (kLeastBytes / w.row_bytes + kAlign) / kAlign * kAlign;
+    share(member, w.rows, least, work);
+  }
+  // The same for [0, total), in pieces of at least `least`.
+  template <class Work>
+  void share(Member& member, int64_t total, int64_t least, Work work) {
+    const uint32_t number = ++scratch_[member.rank()].work;
+    while (true) {
+      const auto [first, last] = pieces_.next(number, total, least, member.size());
+      if (first >= last) return;
+      work(first, last);
+    }
+  }
   // Rows [first, last) of w; row r of vector v goes to out[v * stride + r].
   void product(Scratch& scratch, const Matrix& w, int64_t first, int64_t last, const Inputs& x, float* out,
                int64_t stride);
@@ -139,11 +182,14 @@ class Forward {
   void dense_ffn(Member& member, const Pass& pass, int64_t index);
   void sparse_ffn(Member& member, const Pass& pass, int64_t index);
   Inputs route(Member& member, const Pass& pass, int64_t index);
-  void combine(Member& member, const Routing::Group& group, int64_t index, float* gate, const float* up);
+  void combine(const Routing::Group& group, int64_t index, int64_t first, int64_t last, float* gate, const float* up);
   void add_outputs(Member& member, const Routing& routing, const float* post_norm);
   Inputs predictor_hidden(Member& member, const Pass& pass, const Layer& layer, const Inputs& x);
+  Whole whole_of(const Pass& pass, int64_t index, bool predicts) const;
+  void whole_products(Member& member, const Ffn& ffn, const Whole& whole, const Routing::Group& group, const Inputs& x,
+                      const Inputs& hidden);
   void neuron_block(Scratch& s, const Pass& pass, int64_t index, const Routing::Group& group, int64_t block,
-                    const Inputs& x, const Inputs* hidden);
+                    const Inputs& x, const Whole& whole);
   static bool sums_together(const Pass& pass, const Matrix& down);
   void fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x);
   int64_t open_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t selected);
@@ -152,8 +198,15 @@ class Forward {
   void list_open(Scratch& s, const Neurons& at, int64_t n);
   int64_t list_every(Scratch& s, const Neurons& at, int64_t active);
   void count_read(Scratch& s, const Pass& pass, const Neurons& at, int64_t n, const Matrix& w, int which);
-  void count_row(Scratch& s, const Pass& pass, const Neurons& at, int64_t row);
+  void count_row(const Pass& pass, const Neurons& at, int64_t row);
   void reduce_blocks(Member& member, int64_t slots);
+  // Of all FFNs' rows, [slots, ffn].
+  float* gates() { return reinterpret_cast<float*>(hidden_.data()); }
+  float* ups() { return gates() + most_slots_ * config_.ffn; }
+  float* scores() { return ups() + most_slots_ * config_.ffn; }
+  float* row_of(float* rows, const Neurons& at, int64_t row) const {
+    return rows + (at.slot + row) * config_.ffn + at.first;
+  }
   float* partial_of(int64_t slot, int64_t block) {
     return reinterpret_cast<float*>(partial_.data()) + (slot * model_->neuron_blocks() + block) * config_.hidden;
   }
@@ -163,14 +216,16 @@ class Forward {
   const Kernels& kernels_;
   std::vector<int32_t> cells_;  // 0, 1, 2 ... as many as the longest context that was seen
   const int64_t most_slots_;    // of a layer: rows, each as often as it is computed
-  std::vector<float> residual_, update_, qkv_, attended_, hidden_, predictor_hidden_, router_;
+  std::vector<float> residual_, update_, qkv_, attended_, predictor_hidden_, router_;
+  Mapping hidden_;   // gates, ups and scores: [3, slots, ffn] floats
   Mapping partial_;  // [slots, neuron blocks, hidden] floats
   std::vector<float> cosine_, sine_, cosine_local_, sine_local_;
   InputRoom shared_[kRooms];
   std::vector<Scratch> scratch_;
   std::vector<float> audited_;  // [audited rows, vocab]: the exact logits
   Counts* counts_ = nullptr;    // the model's, while it counts
-  std::atomic<int64_t> next_block_{0};
+  Pieces pieces_;
+  uint32_t works_ = 0;  // that were handed out so far
 };
 
 }  // namespace turbosparse

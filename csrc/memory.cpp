@@ -59,14 +59,20 @@ Mapping& Mapping::operator=(Mapping&& other) noexcept {
 
 std::byte* Arena::take(size_t bytes) {
   bytes = round_up(std::max(bytes, size_t{1}), kLine);
-  if (mappings_.empty() || offset_ + bytes > mappings_.back().size()) {
-    mappings_.emplace_back(std::max(bytes, std::clamp(used_, kSmallest, kLargest)));
-    offset_ = 0;
+  if (pieces_.empty() || pieces_.back().used + bytes > pieces_.back().mapping.size()) {
+    pieces_.push_back({Mapping(std::max(bytes, std::clamp(used_, kSmallest, kLargest)))});
   }
-  std::byte* piece = mappings_.back().data() + offset_;
-  offset_ += bytes;
+  Piece& last = pieces_.back();
+  std::byte* taken = last.mapping.data() + last.used;
+  last.used += bytes;
   used_ += bytes;
-  return piece;
+  return taken;
+}
+
+std::vector<std::span<const std::byte>> Arena::parts() const {
+  std::vector<std::span<const std::byte>> parts;
+  for (const Piece& piece : pieces_) parts.emplace_back(piece.mapping.data(), piece.used);
+  return parts;
 }
 
 }  // namespace turbosparse

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <span>
 #include <vector>
 
 namespace turbosparse {
@@ -33,10 +34,15 @@ class Arena {
  public:
   std::byte* take(size_t bytes);
   size_t used() const { return used_; }
+  // What was handed out, mapping by mapping.
+  std::vector<std::span<const std::byte>> parts() const;
 
  private:
-  std::vector<Mapping> mappings_;
-  size_t offset_ = 0;  // in the last mapping
+  struct Piece {
+    Mapping mapping;
+    size_t used = 0;
+  };
+  std::vector<Piece> pieces_;
   size_t used_ = 0;
 };
 

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "bandwidth.h"
+
 namespace turbosparse {
 namespace {
 
@@ -173,6 +175,8 @@ std::vector<double> Model::predictor_costs() const {
   }
   return costs;
 }
+
+double Model::read_rate() { return turbosparse::read_rate(team_, pace_.size(), arena_.parts()); }
 
 void Model::count(bool on) {
   counts_.reset(on ? new Counts : nullptr);

@@ -15,6 +15,7 @@
 #include "kernels/kernels.h"
 #include "memory.h"
 #include "pace.h"
+#include "phases.h"
 #include "team.h"
 
 namespace turbosparse {
@@ -100,6 +101,11 @@ class Model {
   Pace& pace() { return pace_; }        // of the sessions' jobs; `busy` guards it
   std::mutex& busy() { return busy_; }  // held by the session that runs, and by whoever reads the counters
   Traffic& traffic() { return traffic_; }
+  bool times_phases() const { return times_phases_; }
+  void time_phases(bool on) { times_phases_ = on; }
+  PhaseTimes& phases() { return phases_; }  // of decoding while timing was on
+  // How fast the members that decode read all weights once, with plain loads: what decoding could reach. 10^9 bytes/s.
+  double read_rate();
   Counts* counts() { return counts_.get(); }  // null while counting is off
   void count(bool on);
   const std::vector<Layer>& layers() const { return layers_; }
@@ -133,6 +139,8 @@ class Model {
   Pace pace_;
   std::mutex busy_;
   Traffic traffic_;
+  bool times_phases_ = false;
+  PhaseTimes phases_;
   std::unique_ptr<Counts> counts_;
   Arena arena_;
   std::function<void()> after_piece_;

@@ -13,6 +13,7 @@
 #include "bandwidth.h"
 #include "forward.h"
 #include "model.h"
+#include "pieces.h"
 #include "sampler.h"
 #include "session.h"
 
@@ -203,6 +204,23 @@ nb::tuple read_traffic(Model& model, bool reset) {
   return nb::make_tuple(t.tokens, t.bytes, t.active_neurons, t.open_gates, t.selected_neurons);
 }
 
+// [(phase, seconds, seconds of waiting among them, bytes)].
+nb::list read_phases(Model& model, bool reset) {
+  PhaseTimes times;
+  {
+    const nb::gil_scoped_release unlocked;
+    const std::lock_guard<std::mutex> lock(model.busy());
+    times = model.phases();
+    if (reset) model.phases() = PhaseTimes{};
+  }
+  nb::list phases;
+  for (size_t p = 0; p < kPhases; ++p) {
+    const auto& sums = times.phases[p];
+    phases.append(nb::make_tuple(kPhaseNames[p], 1e-9 * sums.nanoseconds, 1e-9 * sums.waited, sums.bytes));
+  }
+  return phases;
+}
+
 int32_t sample_from(Floats logits, const SamplingParams& params, const std::vector<int32_t>& history,
                     uint64_t position) {
   const auto vocab = static_cast<int64_t>(logits.size());
@@ -235,6 +253,16 @@ NB_MODULE(_native, m) {
           "most"_a)
       .def("report", &Pace::report, "stalled"_a)
       .def_prop_ro("size", &Pace::size);
+
+  nb::class_<Pieces>(m, "Pieces")  // for its tests, too
+      .def(nb::init<>())
+      .def(
+          "next",
+          [](Pieces& self, uint32_t work, int64_t total, int64_t least, int members) {
+            const auto [first, last] = self.next(work, total, least, members);
+            return nb::make_tuple(first, last);
+          },
+          "work"_a, "total"_a, "least"_a, "members"_a);
 
   nb::class_<Model>(m, "Model")
       .def(
@@ -271,6 +299,21 @@ NB_MODULE(_native, m) {
       .def("read_counts", &read_counts, "routed"_a, "gate"_a, "up"_a, "h"_a, "selected"_a, "hit"_a, "mass"_a,
            "missed"_a, "reset"_a)
       .def("read_traffic", &read_traffic, "reset"_a)
+      .def(
+          "time_phases",
+          [](Model& self, bool on) {
+            const nb::gil_scoped_release unlocked;
+            const std::lock_guard<std::mutex> lock(self.busy());
+            self.time_phases(on);
+          },
+          "on"_a)
+      .def("read_phases", &read_phases, "reset"_a)
+      .def("read_rate",
+           [](Model& self) {
+             const nb::gil_scoped_release unlocked;
+             const std::lock_guard<std::mutex> lock(self.busy());
+             return self.read_rate();
+           })
       .def_prop_ro("isa", [](Model& self) { return std::string(self.kernels().isa); })
       .def_prop_ro("weight_bytes", &Model::weight_bytes);
 

@@ -63,6 +63,7 @@ Forward::Inputs Forward::prepare(Member& member, int64_t n, const Matrix& w, con
                                  const float* norm, Room room, const int32_t* rows) {
   // A single vector is prepared by every member for itself: cheaper than a barrier.
   const bool alone = n == 1;
+  enter(member, Phase::other);
   const int64_t cols = w.cols, blocks = cols / kBlock;
   InputRoom& into = alone ? scratch_[member.rank()].inputs[room] : shared_[room];
   const bool quantized = !model_->exact_fp32() && cols % kBlock == 0;
@@ -95,7 +96,7 @@ Forward::Inputs Forward::normed(Member& member, int64_t n, const float* weight, 
 
 void Forward::product(Scratch& scratch, const Matrix& w, int64_t first, int64_t last, const Inputs& x, float* out,
                       int64_t stride) {
-  scratch.traffic.bytes += (last - first) * w.row_bytes;
+  scratch.count_read((last - first) * w.row_bytes);
   kernels_.dot(w, first, last, x.both(), out, stride);
 }
 
@@ -103,23 +104,19 @@ void Forward::listed_product(Scratch& scratch, const Matrix& w, int64_t n, const
   kernels_.dot_listed(w, scratch.listed.data(), n, x.both(), vector, scratch.value.data());
 }
 
-void Forward::multiply(Member& member, const Matrix& w, const Inputs& x, float* out, int64_t stride) {
-  const auto [first, last] = member.part(w.rows, 16);
-  if (first < last) product(scratch_[member.rank()], w, first, last, x, out, stride);
-}
-
 void Forward::add_to_residual(Member& member, const Pass& pass, const Matrix& w, const Inputs& x,
                               const float* post_norm) {
   const int64_t d = config_.hidden;
-  multiply(member, w, x, update_.data(), d);
   if (post_norm) {
+    multiply(member, w, x, update_.data(), d);
     norm_into_residual(member, pass.n, post_norm);
     return;
   }
-  const auto [first, last] = member.part(w.rows, 16);
-  for (int64_t t = 0; t < pass.n; ++t) {
-    for (int64_t c = first; c < last; ++c) residual_[t * d + c] += update_[t * d + c];
-  }
+  multiply(member, w, x, update_.data(), d, [&](int64_t first, int64_t last) {
+    for (int64_t t = 0; t < pass.n; ++t) {
+      for (int64_t c = first; c < last; ++c) residual_[t * d + c] += update_[t * d + c];
+    }
+  });
   member.barrier();
 }
 

@@ -36,7 +36,11 @@ std::chrono::nanoseconds wait_for_change(const std::atomic<uint32_t>& value, uin
 
 }  // namespace
 
-void Member::barrier() { slept_ += team_.arrive_and_wait(size_); }
+void Member::barrier() {
+  if (clock_) clock_->begin_waiting();
+  slept_ += team_.arrive_and_wait(size_);
+  if (clock_) clock_->end_waiting();
+}
 
 std::pair<int64_t, int64_t> Member::part(int64_t total, int64_t align) const {
   const int64_t units = (total + align - 1) / align;

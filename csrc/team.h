@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include "phases.h"
+
 namespace turbosparse {
 
 class Team;
@@ -29,6 +31,9 @@ class Member {
   // Wait until every member of the team has come here.
   void barrier();
 
+  // From now on, tell `clock` of the waiting at barriers.
+  void time_with(PhaseClock* clock) { clock_ = clock; }
+
   // This member's part of [0, total), a multiple of `align` long but for the last part.
   std::pair<int64_t, int64_t> part(int64_t total, int64_t align = 1) const;
 
@@ -37,6 +42,7 @@ class Member {
   Team& team_;
   int rank_, size_;
   std::chrono::nanoseconds slept_{0};
+  PhaseClock* clock_ = nullptr;
 };
 
 class Team {

@@ -32,10 +32,9 @@ struct Rows {
   }
 };
 
-// One vector meets short rows four at a time (they share its loads and the end of their sums), long ones one after the
-// other: memory serves one stream faster than four. So do the first of few vectors: those after them find the rows in
-// the cache.
-inline constexpr int kTallRows = 4;
+// One vector meets rows one after the other: memory serves one stream faster than several, however short the rows. So
+// do the first of few vectors where rows are long: those after them find the rows in the cache.
+inline constexpr int kTallRows = 4;                 // of other tiles
 inline constexpr int64_t kLongRow = 1024;           // bytes
 inline constexpr int64_t kBlockBytes = 640 * 1024;  // rows that stay in the second-level cache over all vectors
 
@@ -139,14 +138,10 @@ static void dot_vectors(const Matrix& w, int64_t first, int64_t last, const Vect
   if constexpr (N > 1) {
     if (v == 0 && x.count <= 2 * Tile::kVectors && w.row_bytes > kLongRow) {
       dot_rows<Tile, 1, N>(w, first, last, input, out, stride);
-    } else {
-      dot_rows<Tile, Tile::kWideRows, N>(w, first, last, input, out, stride);
+      return;
     }
-  } else if (w.row_bytes > kLongRow) {
-    dot_rows<Tile, 1, 1>(w, first, last, input, out, stride);
-  } else {
-    dot_rows<Tile, kTallRows, 1>(w, first, last, input, out, stride);
   }
+  dot_rows<Tile, N == 1 ? 1 : Tile::kWideRows, N>(w, first, last, input, out, stride);
 }
 
 template <class Tile, int N>

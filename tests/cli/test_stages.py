@@ -197,6 +197,14 @@ def test_bench_of_several_sequences_together(sparse):
     assert "together" in turbo("bench", sparse, *options).stdout
 
 
+def test_bench_of_phases(sparse):
+    options = ["-n", 4, "--prompt-tokens", 2, "--repeats", 1, "--phases"]
+    phases = turbo_json("bench", sparse, *options)["phases"]
+    assert {phase["mode"] for phase in phases} == {"dense", "exact"}
+    assert {"qkv", "head", "up_open", "whole pass"} <= {phase["phase"] for phase in phases}
+    assert "a token in exact mode" in turbo("bench", sparse, *options).stdout
+
+
 def test_from_a_dense_folder_to_a_running_sparse_file(tiny_folder, tmp_path):
     converted = turbo_json("convert", tiny_folder("gemma3"), tmp_path / "sparse")
     assert converted["architecture"] == "turbosparse_gemma3_text"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _PROMPT = "The history of mathematics begins with counting, and with the need to measure land, time and trade. "
 _BUSY = 0.2
+_TURNS = 3  # of the phases, a repeat
 
 
 class Against(StrEnum):
@@ -51,6 +52,9 @@ def command(
         str | None,
         typer.Option("--batch", metavar="N,N...", help="Also decode so many sequences together: 1,2,4,8,16."),
     ] = None,
+    phases: Annotated[
+        bool, typer.Option("--phases", help="Also time the phases of decoding, against the read limit of that moment.")
+    ] = False,
     compute: options.ComputeOption = options.Compute.int8,
     isa: options.IsaOption = None,
     json: options.Json = False,
@@ -61,6 +65,7 @@ def command(
     from turbosparse.bench.contestants import EngineMode
     from turbosparse.bench.machine import busy_share, peak_memory_bytes
     from turbosparse.bench.peers import Peer
+    from turbosparse.bench.phases import PhaseTimer, time_phases
     from turbosparse.bench.twin import dense_twin_of
     from turbosparse.engine import LOSSLESS
 
@@ -70,7 +75,8 @@ def command(
         output.notice(f"warning: other work takes {output.percent(busy)} of this machine; the figures will be low.")
     engine = load_engine(model, threads, compute, isa)
     _check(engine, prompt_tokens, tokens, engine.config.vocab_size)
-    contestants: list[Contestant] = [EngineMode(engine, mode, audit=audit) for mode in engine.modes]
+    modes = [(engine, mode, mode) for mode in engine.modes]
+    contestants: list[Contestant] = [EngineMode(*each, audit=audit) for each in modes]
     if data is None:
         prompt = (engine.tokenizer.encode(_PROMPT) * prompt_tokens)[:prompt_tokens]
     else:  # a sentence that is repeated would flatter drafts that are looked up in the text
@@ -80,7 +86,8 @@ def command(
         if twin_path is not None and engine.config.sparse:
             twin = load_engine(str(twin_path), threads, compute, isa)
             _check(twin, prompt_tokens, tokens, engine.config.vocab_size)
-            contestants.append(EngineMode(twin, "dense", "dense-twin"))
+            modes.append((twin, "dense", "dense-twin"))
+            contestants.append(EngineMode(*modes[-1]))
         for name in against or ():
             peer = Peer(name.value, Path(twin_path or model), engine.threads, prompt_tokens + tokens + 8)
             peers.callback(peer.close)
@@ -92,6 +99,9 @@ def command(
         with output.progress("timing sequences together") as report:
             batches = [EngineBatch(engine, mode, size) for size in sizes for mode in engine.modes]
             timed = compare(batches, prompt, tokens, repeats, report) if batches else []
+        with output.progress("timing phases") as report:
+            timers = [PhaseTimer(each, mode, prompt, name) for each, mode, name in modes if phases]
+            spent = time_phases(timers, _TURNS * repeats, report)
         together = [throughput(run, each.sequences) for run, each in zip(timed, batches, strict=True)]
     peak = peak_memory_bytes()  # before the read limit is measured, which takes a buffer of its own
     record = {
@@ -103,6 +113,7 @@ def command(
         "synthetic": engine.config.synthetic,
         "runs": [vars(run) | ({"synthetic": True} if engine.config.synthetic else {}) for run in runs],
         "batches": [vars(each) | ({"synthetic": True} if engine.config.synthetic else {}) for each in together],
+        "phases": [vars(phase) for phase in spent],
         "speedup": {mode: speedup(runs, mode) for mode in ("exact", "predicted", LOSSLESS)},
         "peak_memory_bytes": peak,
     }
@@ -191,6 +202,8 @@ def show(record: dict[str, Any], runs: list[Run]) -> None:
         )
     console = output.stdout_console()
     console.print(table)
+    for name in dict.fromkeys(phase["mode"] for phase in record["phases"]):
+        console.print(_phases(name, [phase for phase in record["phases"] if phase["mode"] == name]))
     if record["batches"]:
         console.print(_batches(record["batches"]))
     limit = record["machine"]["read_gb_s"]
@@ -221,6 +234,25 @@ def _batches(batches: list[dict[str, Any]]) -> Table:
         table.add_column(name, justify="left" if name == "mode" else "right")
     for mode in dict.fromkeys(each["mode"] for each in batches):
         table.add_row(mode, *(output.number(each["decode_tok_s"]) for each in batches if each["mode"] == mode))
+    return table
+
+
+def _phases(mode: str, phases: list[dict[str, Any]]) -> Table:
+    """Where the tokens of a mode spend their time."""
+    from rich.table import Table
+
+    table = Table(title=f"a token in {mode} mode")
+    for name in ("phase", "ms", "waiting", "read", "GB/s", "of the read limit"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for phase in phases:
+        table.add_row(
+            phase["phase"].replace("_", " "),
+            output.number(phase["ms"], 3),
+            output.number(phase["waiting_ms"], 3),
+            output.megabytes(phase["bytes"] or None),
+            output.number(phase["gb_s"]),
+            output.percent(phase["of_limit"]),
+        )
     return table
 
 

@@ -11,7 +11,7 @@ except ImportError as error:
 
 from turbosparse.engine.audit import AuditReport
 from turbosparse.engine.drafting import Drafting
-from turbosparse.engine.engine import LOSSLESS, ActivationCounts, Engine, Session, Traffic
+from turbosparse.engine.engine import LOSSLESS, ActivationCounts, Engine, PhaseTime, Session, Traffic
 from turbosparse.engine.generate import Chunk, draw_tokens, generate
 from turbosparse.engine.sampler import SamplingParams
 
@@ -22,6 +22,7 @@ __all__ = [
     "Chunk",
     "Drafting",
     "Engine",
+    "PhaseTime",
     "SamplingParams",
     "Session",
     "Traffic",

@@ -80,6 +80,21 @@ class Traffic:
         return None if self.active is None else 1.0 - self.active
 
 
+@dataclass(frozen=True)
+class PhaseTime:
+    """What a phase of decoding took (phases.h names them), summed over tokens.
+
+    Attributes:
+        seconds: on the wall, the mean of the threads.
+        waited: those of them that were spent at barriers: threads that were done before others.
+        bytes: of weights, and in attention of keys and values, that all threads read.
+    """
+
+    seconds: float
+    waited: float
+    bytes: int
+
+
 class Session:
     """One sequence: a KV cache and the position in it. Made by `Engine.session`."""
 
@@ -429,6 +444,19 @@ class Engine:
             return Traffic(tokens, read, None, None)
         active, opened, selected = (count / neurons for count in counted)
         return Traffic(tokens, read, active, opened, selected or None)
+
+    def time_phases(self, on: bool = True) -> None:
+        """Start or stop timing the phases of decoding. Costs some 25 ns a phase and thread while it is on."""
+        self._model.time_phases(on)
+
+    def phases(self, reset: bool = False) -> dict[str, PhaseTime]:
+        """What each phase of decoding took while it was timed, or since the last reset."""
+        phases = self._model.read_phases(reset)
+        return {name: PhaseTime(seconds, waited, read) for name, seconds, waited, read in phases}
+
+    def read_rate(self) -> float:
+        """10^9 bytes/s at which the threads that decode read all weights once, doing nothing else with them."""
+        return self._model.read_rate()
 
 
 def _usable_cores() -> int:
