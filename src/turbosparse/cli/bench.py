@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +17,9 @@ from turbosparse.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from turbosparse.bench.compare import Run
+    from turbosparse.bench.batch import Throughput
+    from turbosparse.bench.compare import Contestant, Run
+    from turbosparse.bench.phases import Phase
     from turbosparse.engine import Engine
 
 _PROMPT = "The history of mathematics begins with counting, and with the need to measure land, time and trade. "
@@ -60,12 +63,10 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Time the modes of a model in one run: interleaved, medians."""
-    from turbosparse.bench.batch import EngineBatch, throughput
-    from turbosparse.bench.compare import Contestant, compare, speedup
+    from turbosparse.bench.compare import speedup
     from turbosparse.bench.contestants import EngineMode
     from turbosparse.bench.machine import busy_share, peak_memory_bytes
     from turbosparse.bench.peers import Peer
-    from turbosparse.bench.phases import PhaseTimer, time_phases
     from turbosparse.bench.twin import dense_twin_of
     from turbosparse.engine import LOSSLESS
 
@@ -75,8 +76,8 @@ def command(
         output.notice(f"warning: other work takes {output.percent(busy)} of this machine; the figures will be low.")
     engine = load_engine(model, threads, compute, isa)
     _check(engine, prompt_tokens, tokens, engine.config.vocab_size)
-    modes = [(engine, mode, mode) for mode in engine.modes]
-    contestants: list[Contestant] = [EngineMode(*each, audit=audit) for each in modes]
+    ours = [(engine, mode, mode) for mode in engine.modes]
+    contestants: list[Contestant] = [EngineMode(*each, audit=audit) for each in ours]
     if data is None:
         prompt = (engine.tokenizer.encode(_PROMPT) * prompt_tokens)[:prompt_tokens]
     else:  # a sentence that is repeated would flatter drafts that are looked up in the text
@@ -86,23 +87,16 @@ def command(
         if twin_path is not None and engine.config.sparse:
             twin = load_engine(str(twin_path), threads, compute, isa)
             _check(twin, prompt_tokens, tokens, engine.config.vocab_size)
-            modes.append((twin, "dense", "dense-twin"))
-            contestants.append(EngineMode(*modes[-1]))
+            ours.append((twin, "dense", "dense-twin"))
+            contestants.append(EngineMode(*ours[-1]))
         for name in against or ():
             peer = Peer(name.value, Path(twin_path or model), engine.threads, prompt_tokens + tokens + 8)
             peers.callback(peer.close)
             if not peer.batched:
                 output.notice(f"warning: this build of {name.value} reads prompts token by token only.")
             contestants.append(peer)
-        with output.progress("timing") as report:
-            runs = compare(contestants, prompt, tokens, repeats, report)
-        with output.progress("timing sequences together") as report:
-            batches = [EngineBatch(engine, mode, size) for size in sizes for mode in engine.modes]
-            timed = compare(batches, prompt, tokens, repeats, report) if batches else []
-        with output.progress("timing phases") as report:
-            timers = [PhaseTimer(each, mode, prompt, name) for each, mode, name in modes if phases]
-            spent = time_phases(timers, _TURNS * repeats, report)
-        together = [throughput(run, each.sequences) for run, each in zip(timed, batches, strict=True)]
+        phased = ours if phases else []
+        runs, together, spent = _time(contestants, engine, phased, sizes, prompt, tokens, repeats)
     peak = peak_memory_bytes()  # before the read limit is measured, which takes a buffer of its own
     record = {
         "model": model,
@@ -121,6 +115,31 @@ def command(
         output.emit(record)
     else:
         show(record, runs)
+
+
+def _time(
+    contestants: list[Contestant],
+    engine: Engine,
+    phased: list[tuple[Engine, str, str]],
+    sizes: Sequence[int],
+    prompt: list[int],
+    tokens: int,
+    repeats: int,
+) -> tuple[list[Run], list[Throughput], list[Phase]]:
+    """What is measured: single sequences, `sizes` of them together, and the phases of the modes in `phased`."""
+    from turbosparse.bench.batch import EngineBatch, throughput
+    from turbosparse.bench.compare import compare
+    from turbosparse.bench.phases import PhaseTimer, time_phases
+
+    with output.progress("timing") as report:
+        runs = compare(contestants, prompt, tokens, repeats, report)
+    with output.progress("timing sequences together") as report:
+        batches = [EngineBatch(engine, mode, size) for size in sizes for mode in engine.modes]
+        timed = compare(batches, prompt, tokens, repeats, report) if batches else []
+    with output.progress("timing phases") as report:
+        timers = [PhaseTimer(each, mode, prompt, name) for each, mode, name in phased]
+        spent = time_phases(timers, _TURNS * repeats, report)
+    return runs, [throughput(run, each.sequences) for run, each in zip(timed, batches, strict=True)], spent
 
 
 def first_tokens(engine: Engine, data: Path, count: int) -> list[int]:
