@@ -109,7 +109,7 @@ def write_hyperparameters(writer: GGUFWriter, config: ModelConfig, quant: str | 
     writer.add_layer_norm_rms_eps(config.norm_eps)
     _write_positions(writer, config, architecture)
     if config.predictor is not None:
-        _write_predictor(writer, config.predictor, architecture)
+        write_predictor(writer, config.predictor, architecture)
     if config.attention_softcap is not None:
         writer.add_attn_logit_softcapping(config.attention_softcap)
     if config.logit_softcap is not None:
@@ -146,7 +146,7 @@ def _write_positions(writer: GGUFWriter, config: ModelConfig, architecture: str)
         writer.add_float32(f"{architecture}.rope.scaling.factor", config.rope_scale)
 
 
-def _write_predictor(writer: GGUFWriter, predictor: Predictor, architecture: str) -> None:
+def write_predictor(writer: GGUFWriter, predictor: Predictor, architecture: str) -> None:
     writer.add_string(f"{architecture}.predictor.input", "normed" if predictor.normed else "residual")
     ranks = list(predictor.ranks)
     writer.add_key_value(f"{architecture}.predictor.rank", ranks, GGUFValueType.ARRAY, GGUFValueType.UINT32)

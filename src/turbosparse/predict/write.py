@@ -1,25 +1,29 @@
-"""A GGUF file again, with predictors: every other key and tensor is copied byte for byte."""
+"""A GGUF file again, with predictors: every other key and tensor is copied."""
 
 from __future__ import annotations
 
-import math
-import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFValueType
+from gguf import GGUFWriter
 
+from turbosparse.model.config import Predictor
 from turbosparse.model.export import replacing
+from turbosparse.model.export_metadata import write_predictor
+from turbosparse.model.families import ARCHITECTURE
 from turbosparse.model.gguf import GGUFFile
+from turbosparse.model.gguf_copy import Copy, copy_key, copy_tensor, write_copies
 from turbosparse.model.quantize import dequantize, quantize
 
 Floats = npt.NDArray[np.float32]
 _KEYS = "turbosparse.predictor."
+_WRITTEN = ("general.architecture", "general.alignment")  # by the writer, which aligns to 32 bytes
+_MATRICES = (".fc1.weight", ".fc2.weight")
 
 
 @dataclass(frozen=True)
@@ -62,63 +66,28 @@ class StoredPredictor:
         return self.fc1.nbytes + self.fc2.nbytes
 
 
-def write_predictors(
-    file: GGUFFile, out: Path, predictors: Sequence[StoredPredictor], recall: float | None = None
-) -> None:
+def write_predictors(file: GGUFFile, out: Path, predictors: Sequence[StoredPredictor]) -> None:
     """Write `file` to `out` with one predictor a layer, which reads the FFN's normed input; it replaces those it had.
-
-    `recall` is the share of |h| that the thresholds keep; 1 and None promise nothing.
 
     Raises:
         UserError: `out` cannot be written.
     """
-    keys = [file.record(key) for key in file.metadata if not key.startswith(_KEYS)]
-    keys += [
-        _record("rank", _array(GGUFValueType.UINT32, "I", [layer.rank for layer in predictors])),
-        _record("threshold", _array(GGUFValueType.FLOAT32, "f", [layer.threshold for layer in predictors])),
-        _record("input", struct.pack("<I", GGUFValueType.STRING) + _text("normed")),
-    ]
-    if recall is not None and recall < 1:
-        keys.append(_record("recall", struct.pack("<If", GGUFValueType.FLOAT32, recall)))
-    tensors: list[tuple[str, Type, tuple[int, ...], npt.NDArray[np.uint8]]] = [
-        (name, tensor.type, tensor.shape, tensor.data)
-        for name, tensor in file.tensors.items()
-        if not name.endswith((".fc1.weight", ".fc2.weight"))
-    ]
+    tensors = [copy_tensor(tensor) for name, tensor in file.tensors.items() if not name.endswith(_MATRICES)]
     for index, layer in enumerate(predictors):
-        for name, data, kind, sizes in zip(
-            ("fc1", "fc2"), (layer.fc1, layer.fc2), layer.kinds, layer.shapes, strict=True
-        ):
-            tensors.append((f"blk.{index}.{name}.weight", kind, sizes, data.reshape(-1)))
-    with replacing(out) as partial, partial.open("wb") as stream:
-        stream.write(b"GGUF" + struct.pack("<IQQ", file.version, len(tensors), len(keys)) + b"".join(keys))
-        offset = 0
-        for name, kind, shape, data in tensors:
-            stream.write(_text(name) + struct.pack("<I", len(shape)))
-            stream.write(struct.pack(f"<{len(shape)}QIQ", *reversed(shape), kind, offset))
-            offset = _aligned(offset + data.nbytes, file.alignment)
-        for _, _, _, data in tensors:
-            _pad(stream, file.alignment)
-            data.tofile(stream)
+        for name, rows, kind, shape in zip(_MATRICES, (layer.fc1, layer.fc2), layer.kinds, layer.shapes, strict=True):
+            tensors.append(Copy(f"blk.{index}{name}", shape, kind, partial(_whole, rows)))
+    ranks, thresholds = (tuple(getattr(layer, name) for layer in predictors) for name in ("rank", "threshold"))
+    with replacing(out) as unfinished:
+        writer = GGUFWriter(unfinished, ARCHITECTURE)
+        try:
+            for key in file.metadata:
+                if not key.startswith(_KEYS) and key not in _WRITTEN:
+                    copy_key(file, key, writer)
+            write_predictor(writer, Predictor(ranks, thresholds, normed=True), ARCHITECTURE)
+            write_copies(writer, tensors, None)
+        finally:
+            writer.close()
 
 
-def _record(name: str, value: bytes) -> bytes:
-    return _text(_KEYS + name) + value
-
-
-def _array(kind: GGUFValueType, letter: str, values: Sequence[float]) -> bytes:
-    head = struct.pack("<IIQ", GGUFValueType.ARRAY, kind, len(values))
-    return head + struct.pack(f"<{len(values)}{letter}", *values)
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _aligned(position: int, alignment: int) -> int:
-    return math.ceil(position / alignment) * alignment
-
-
-def _pad(stream: BinaryIO, alignment: int) -> None:
-    stream.write(bytes(_aligned(stream.tell(), alignment) - stream.tell()))
+def _whole(rows: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.uint8]]:
+    yield rows.reshape(-1)

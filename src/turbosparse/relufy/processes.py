@@ -34,12 +34,9 @@ class _LossOf(nn.Module):
         return loss.total, loss.metrics
 
 
-class SharedObjective:
-    """An objective whose gradients are averaged over the processes, for students wrapped by `share`."""
-
-    def __call__(self, model: nn.Module, batch: dict[str, Tensor], progress: float) -> Loss:
-        """As any objective; the metrics are those of this process's share of the batch."""
-        return Loss(*model(batch, progress))
+def shared_loss(model: nn.Module, batch: dict[str, Tensor], progress: float) -> Loss:
+    """The loss of a model that `share` wrapped; the metrics are those of this process's share of the batch."""
+    return Loss(*model(batch, progress))
 
 
 def share(student: nn.Module, objective: Objective, device: torch.device) -> nn.Module:

@@ -28,7 +28,7 @@ from turbosparse.relufy.align import align_signs
 from turbosparse.relufy.data import Mixture, build_mixture, check_sources, validation_windows
 from turbosparse.relufy.objective import Layerwise, NextToken, Objective, ffns
 from turbosparse.relufy.optimizer import make_muon
-from turbosparse.relufy.processes import SharedObjective, any_process, share, this_process
+from turbosparse.relufy.processes import any_process, share, shared_loss, this_process
 from turbosparse.relufy.progress import ProgressLog
 from turbosparse.relufy.recipes import Recipe, Stage, load_recipe
 from turbosparse.relufy.schedule import learning_rate_share
@@ -65,7 +65,6 @@ class RecoveryTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.objective, self.stage, self.windows, self.domains = objective, stage, windows, domains
         self.progress_log, self.compute_dtype = progress_log, dtype
-        self._shared_objective = SharedObjective() if self.args.world_size > 1 else None
         self._evaluated: tuple[int, dict[str, float]] | None = None
         self.remove_callback(PrinterCallback)
 
@@ -76,12 +75,12 @@ class RecoveryTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         with torch.autocast(self.args.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
-            loss = (self._shared_objective or self.objective)(model, inputs, self._progress())
+            loss = (shared_loss if self.args.world_size > 1 else self.objective)(model, inputs, self._progress())
         self.progress_log.add(loss.metrics)
         return loss.total
 
     def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        return model if self._shared_objective is None else share(model, self.objective, self.args.device)
+        return model if self.args.world_size == 1 else share(model, self.objective, self.args.device)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.stage.optimizer == "muon":
