@@ -1,9 +1,11 @@
-"""Muon on stacks of matrices, held to torch's own one-by-one Muon and to AdamW."""
+"""Muon on stacks of matrices, held to torch's own one-by-one Muon and to AdamW; AdamW with two learning rates."""
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from turbosparse.relufy.optimizer import Muon, orthogonalized
+from turbosparse.relufy.optimizer import Muon, make_adamw, orthogonalized
+from turbosparse.relufy.recipes import Stage
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 7, 7), (4, 1, 5)])
@@ -62,3 +64,13 @@ def test_state_survives_a_checkpoint():
     _train([second], halves, 3)
     for p, q in zip(whole, halves, strict=True):
         assert torch.equal(p, q)
+
+
+def test_ffns_learn_at_a_rate_of_their_own():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 40}
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **sizes))
+    stage = Stage(name="train", objective="cross_entropy", tokens=1, learning_rate=1e-3, ffn_lr=2.0, weight_decay=0.1)
+    settings = {id(p): group for group in make_adamw(model, stage).param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert settings[id(p)]["lr"] == (2e-3 if ".mlp." in name else 1e-3), name
+        assert settings[id(p)]["weight_decay"] == (0.0 if "norm" in name else 0.1), name

@@ -15,7 +15,7 @@ from turbosparse.relufy.trainer import train_from_recipe
 _STAGES = [
     {"name": "recover", "objective": "cross_entropy", "tokens": 768, "device_windows": 1, "save_every": 5}
     | {"distillation": {"teacher": "dense", "share": 0.5}},
-    {"name": "warm", "objective": "layerwise", "teacher": "dense", "tokens": 512, "align_signs": True}
+    {"name": "warm", "objective": "layerwise", "teacher": "dense", "tokens": 512, "sides": "best"}
     | {"sparsity": {"target_rate": 0.2, "weight": 0.5}},
 ]
 

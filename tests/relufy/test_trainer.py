@@ -15,7 +15,7 @@ from turbosparse.relufy.trainer import RecoveryTrainer, train_from_recipe
 
 _STAGES = """
  - {name: warm, objective: layerwise, teacher: dense, tokens: 2048, batch_tokens: 64, device_windows: 4,
-    learning_rate: 1.0e-2, align_signs: true, sparsity: {target_rate: 0.2, weight: 0.5}}
+    learning_rate: 1.0e-3, sides: best, sparsity: {target_rate: 0.2, weight: 0.5}}
  - {name: recover, objective: cross_entropy, tokens: 640, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2,
     distillation: {teacher: dense, share: 0.5, hidden: 0.5}, optimizer: muon,
     sparsity: {target_rate: 0.1, weight: 1.0, threshold: 0.2}, eval_every: 5, save_every: 3}

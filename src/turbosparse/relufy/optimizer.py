@@ -116,3 +116,21 @@ def make_muon(model: Any, stage: Stage) -> Muon:
     dtype = torch.bfloat16 if trained[0].is_cuda else torch.float32
     others = [p for p in trained if id(p) not in chosen]
     return Muon(matrices, others, stage.learning_rate, stage.weight_decay, stage.betas, dtype)
+
+
+def make_adamw(model: Any, stage: Stage) -> torch.optim.AdamW:
+    """AdamW whose FFNs learn `stage.ffn_lr` times as fast as the rest; only matrices decay."""
+    inside = {id(p) for layer in model.model.layers for p in layer.mlp.parameters()}
+    groups: dict[tuple[bool, bool], list[Tensor]] = defaultdict(list)
+    for p in model.parameters():
+        if p.requires_grad:
+            groups[id(p) in inside, p.ndim > 1].append(p)
+    settings = [
+        {
+            "params": params,
+            "lr": stage.learning_rate * (stage.ffn_lr if in_ffn else 1),
+            "weight_decay": stage.weight_decay if decays else 0.0,
+        }
+        for (in_ffn, decays), params in groups.items()
+    ]
+    return torch.optim.AdamW(settings, betas=stage.betas, fused=next(model.parameters()).is_cuda)

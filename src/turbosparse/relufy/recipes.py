@@ -103,6 +103,7 @@ class Stage(_Strict):
     device_windows: int = Field(default=64, gt=0, description="windows in one forward pass")
     warmup: float = Field(default=0.02, ge=0, lt=1)
     optimizer: Literal["adamw", "muon"] = "adamw"
+    ffn_lr: float = Field(default=1.0, gt=0, description="of AdamW: learning rate of the FFNs, times that of the rest")
     schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
     final_lr_share: float = Field(default=0.05, ge=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -110,19 +111,21 @@ class Stage(_Strict):
     max_grad_norm: float = Field(default=1.0, gt=0)
     sparsity: Sparsity | None = None
     teacher: str | None = None
-    align_signs: bool = Field(default=False, description="for a fresh dReLU swap: see align.py")
+    sides: Literal["best", "one"] | None = Field(default=None, description="for a fresh dReLU swap: see allot.py")
     distillation: Distillation | None = None
     eval_every: int | None = Field(default=None, gt=0, description="steps")
     save_every: int | None = Field(default=None, gt=0, description="steps")
 
     @model_validator(mode="after")
-    def _teacher_fits(self) -> Stage:
+    def _options_fit(self) -> Stage:
         if (self.objective == "layerwise") != (self.teacher is not None):
             raise ValueError("`teacher` belongs to the layerwise objective, which needs it")
-        if self.objective != "layerwise" and self.align_signs:
-            raise ValueError("`align_signs` belongs to the layerwise objective")
+        if self.objective != "layerwise" and self.sides:
+            raise ValueError("`sides` belongs to the layerwise objective")
         if self.objective == "layerwise" and self.distillation is not None:
             raise ValueError("`distillation` belongs to the cross_entropy objective")
+        if self.optimizer != "adamw" and self.ffn_lr != 1:
+            raise ValueError("`ffn_lr` belongs to the optimizer adamw")
         return self
 
 

@@ -24,13 +24,14 @@ from transformers.trainer_callback import PrinterCallback
 
 from turbosparse.errors import UserError
 from turbosparse.model.provenance import carry_licence
-from turbosparse.relufy.align import align_signs
+from turbosparse.relufy.allot import allot_neurons
 from turbosparse.relufy.data import Mixture, build_mixture, check_sources, validation_windows
 from turbosparse.relufy.objective import Layerwise, NextToken, Objective, ffns
-from turbosparse.relufy.optimizer import make_muon
+from turbosparse.relufy.optimizer import make_adamw, make_muon
 from turbosparse.relufy.processes import any_process, share, shared_loss, this_process
 from turbosparse.relufy.progress import ProgressLog
 from turbosparse.relufy.recipes import Recipe, Stage, load_recipe
+from turbosparse.relufy.roles import settle_roles
 from turbosparse.relufy.schedule import learning_rate_share
 from turbosparse.relufy.threshold import set_thresholds
 from turbosparse.relufy.validate import mean_over_domains, validate
@@ -83,8 +84,9 @@ class RecoveryTrainer(Trainer):
         return model if self.args.world_size == 1 else share(model, self.objective, self.args.device)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        if self.stage.optimizer == "muon":
-            self.optimizer = make_muon(self.model, self.stage)
+        if self.stage.optimizer == "muon" or self.stage.ffn_lr != 1:
+            make: Any = make_muon if self.stage.optimizer == "muon" else make_adamw
+            self.optimizer = make(self.model, self.stage)
             return self.optimizer
         return super().create_optimizer(*args, **kwargs)
 
@@ -213,15 +215,17 @@ def _teacher(stage: Stage, model: Any, device: torch.device, dtype: torch.dtype 
     return teacher
 
 
-def _prepare(
-    stage: Stage, model: Any, teacher: Any, mixture: Mixture, device: torch.device, dtype: torch.dtype | None
-) -> None:
+def _probes(mixture: Mixture, device: torch.device) -> list[Tensor]:
+    return [mixture[index]["input_ids"][None].to(device) for index in range(min(_PROBE_WINDOWS, len(mixture)))]
+
+
+def _prepare(stage: Stage, model: Any, teacher: Any, probes: list[Tensor], dtype: torch.dtype | None) -> None:
     """What a stage does to the student before training, by a look at the first windows that it will train on."""
-    probes = [mixture[index]["input_ids"][None].to(device) for index in range(min(_PROBE_WINDOWS, len(mixture)))]
+    device = probes[0].device
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        if stage.align_signs:
-            share = align_signs(model, teacher, probes, dtype)
-            this_process().print(f"align signs: {share:.1%} of the neurons turned", file=sys.stderr)
+        if stage.sides:
+            unused = allot_neurons(model, teacher, probes, dtype, stage.sides)
+            this_process().print(f"allot neurons: {unused:.1%} of the dense ones are left out", file=sys.stderr)
         if stage.sparsity is not None and stage.sparsity.threshold is not None:
             set_thresholds(model, stage.sparsity.threshold, probes, dtype)
 
@@ -277,7 +281,7 @@ def _run_stage(
         }
     teacher = _teacher(stage, model.to(device), device, dtype)
     if checkpoint is None:
-        _prepare(stage, model, teacher, mixture, device, dtype)
+        _prepare(stage, model, teacher, _probes(mixture, device), dtype)
     objective = _objective(recipe, stage, model, teacher, device, dtype)
     trainer = RecoveryTrainer(
         model=model,
@@ -296,6 +300,8 @@ def _run_stage(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < arguments.max_steps:
         return None
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        settle_roles(model, _probes(mixture, device), dtype)
     metrics = trainer.evaluate()
     if process.is_main_process:
         _finish(partial, folder, model, tokenizer, Path(source), metrics)

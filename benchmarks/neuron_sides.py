@@ -1,0 +1,133 @@
+"""What the choice of a dReLU model's first neurons is worth: single layers fitted from each, at equal zeros.
+
+    python benchmarks/neuron_sides.py DENSE OUT.json TEXT.jsonl.zst ... [--layers 5,13,20,27] [--steps 200]
+
+DENSE: a Hugging Face folder (`turbosparse convert --activation keep`). Of every text a part is trained on and the part
+behind it held out. A layer learns, on the dense model's own states, to give the dense layer's output, with the penalty
+of the layerwise stage; printed are its relative squared error and its zeros on held-out text, before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from turbosparse.documents import read_documents
+from turbosparse.relufy.allot import allot_neurons
+from turbosparse.relufy.drelu import SparseGLU
+from turbosparse.relufy.objective import ffns
+from turbosparse.relufy.recipes import Sparsity
+from turbosparse.relufy.sparsity import ActivationTap, SparsityPressure
+
+_CONTEXT, _BATCH, _RATE = 1024, 1024, 2e-3
+_PENALTY = Sparsity(start_rate=0.25, target_rate=0.15, ramp=0.5, weight=1.0, width=0.05)
+
+
+def _windows(path: Path, tokenizer: Any, count: int) -> Tensor:
+    """The first `count` windows of a text, int64 [count, context]."""
+    ids: list[int] = []
+    for document in read_documents(path):
+        ids += [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]
+        if len(ids) >= count * _CONTEXT:
+            return torch.tensor(ids[: count * _CONTEXT]).view(count, _CONTEXT)
+    raise SystemExit(f"{path}: shorter than {count} windows of {_CONTEXT} tokens")
+
+
+@torch.no_grad()
+def _states(model: Any, windows: Tensor, layers: list[int]) -> dict[int, Tensor]:
+    """What the FFNs of some layers see, float32 [tokens, hidden] each."""
+    seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    hooks = [
+        model.model.layers[layer].mlp.register_forward_hook(
+            lambda _module, inputs, _output, layer=layer: seen[layer].append(inputs[0].flatten(0, 1))
+        )
+        for layer in layers
+    ]
+    for part in windows.split(4):
+        model.model(part)
+    for hook in hooks:
+        hook.remove()
+    return {layer: torch.cat(states) for layer, states in seen.items()}
+
+
+def _sparse(dense: Any, sides: str | None, probes: list[Tensor]) -> list[SparseGLU]:
+    """The FFNs of the dense model as dReLU ones, their neurons chosen, or left as they are."""
+    student = copy.deepcopy(dense)
+    for layer in student.model.layers:
+        mlp = layer.mlp
+        layer.mlp = SparseGLU(mlp.gate_proj, mlp.up_proj, mlp.down_proj, "drelu")
+    if sides is not None:
+        allot_neurons(student, dense, probes, sides=sides)
+    mlps: list[SparseGLU] = ffns(student)
+    return mlps
+
+
+@torch.no_grad()
+def _measure(mlp: SparseGLU, x: Tensor, y: Tensor) -> dict[str, float]:
+    mlp.tap = tap = ActivationTap("drelu", None)
+    error = ((mlp(x[None])[0] - y).square().sum() / y.square().sum()).item()
+    assert tap.rates is not None
+    return {"error": error, "zeros": 1 - tap.rates[2].item()}
+
+
+def _fit(mlp: SparseGLU, x: Tensor, y: Tensor, steps: int) -> None:
+    """The layerwise stage for one layer."""
+    optimizer = torch.optim.AdamW(mlp.parameters(), lr=_RATE, weight_decay=0.0, betas=(0.9, 0.95))
+    pressure, draw = SparsityPressure(_PENALTY), torch.Generator().manual_seed(1)
+    mlp.tap = tap = ActivationTap("drelu", "count")
+    for step in range(steps):
+        done = step / steps
+        for group in optimizer.param_groups:
+            group["lr"] = _RATE * min(1.0, step / 10) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+        rows = torch.randint(len(x), (_BATCH,), generator=draw)
+        error = (mlp(x[rows][None])[0] - y[rows]).square().sum() / y[rows].square().sum()
+        assert tap.rates is not None and tap.soft is not None
+        (error + pressure(tap.rates[2], tap.soft, done)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def main() -> None:
+    """Fit the layers from every start and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("dense", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("--layers", default="5,13,20,27")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument(
+        "--windows", type=int, default=12, help="of each text to train on; a third as many are held out"
+    )
+    options = parser.parse_args()
+    dense = AutoModelForCausalLM.from_pretrained(options.dense, dtype=torch.float32).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(options.dense)
+    layers = [int(layer) for layer in options.layers.split(",")]
+    parts = [_windows(text, tokenizer, options.windows * 4 // 3) for text in options.texts]
+    train, held = torch.cat([p[: options.windows] for p in parts]), torch.cat([p[options.windows :] for p in parts])
+    x, x_held = _states(dense, train, layers), _states(dense, held, layers)
+    rows = []
+    for sides in (None, "one", "best"):
+        mlps = _sparse(dense, sides, list(train[::4].split(1)))
+        for layer in layers:
+            mlp, teacher = mlps[layer].requires_grad_(True), dense.model.layers[layer].mlp
+            with torch.no_grad():
+                y, y_held = teacher(x[layer]), teacher(x_held[layer])
+            before = _measure(mlp, x_held[layer], y_held)
+            _fit(mlp, x[layer], y, options.steps)
+            rows.append(
+                {"layer": layer, "sides": sides, "before": before, "after": _measure(mlp, x_held[layer], y_held)}
+            )
+            print(rows[-1], flush=True)
+    options.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Choose which neurons a dReLU model starts with.
+
+A dense neuron h = act(gate) * up works on all four sides of (gate, up), a dReLU neuron on one. But signs can be moved:
+relu(+-gate) * relu(+-up) * c, with any signs and a factor c, stands for one side of the dense neuron. So every dense
+neuron offers four, and a layer takes those that explain most of its output for how often they fire, as many as it has
+neurons: important neurons get two sides or more, others none.
+
+Shapes: B windows, T tokens, D hidden, F neurons of one FFN, S = 4 sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turbosparse.relufy.objective import ffns, last_hidden
+
+_SIGNS = ((1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0))  # of gate and up
+_RARE = 0.05  # of the tokens: firing less often than this hardly counts in favour of a side
+
+
+class _Sides:
+    """How much of a layer's output each side of each neuron explains, on the teacher's inputs.
+
+    With p = relu(+-gate) * relu(+-up), the best multiple of p for h is c = <h, p> / <p, p>, and it explains
+    <h, p>^2 / <p, p> of the energy of h, which the neuron's column of down makes longer or shorter.
+    """
+
+    def __init__(self, mlp: Any, act: Callable[[Tensor], Tensor]) -> None:
+        self.mlp, self._act = mlp, act
+        neurons, device = mlp.up_proj.weight.shape[0], mlp.up_proj.weight.device
+        self._products = torch.zeros((2, len(_SIGNS), neurons), device=device)  # <h, p> and <p, p>
+        self._fires = torch.zeros((len(_SIGNS), neurons), device=device)
+        self._tokens = 0
+
+    def add(self, x_BTD: Tensor) -> None:
+        x_ND = x_BTD.flatten(0, -2)
+        gate_NF, up_NF = self.mlp.gate_proj(x_ND).float(), self.mlp.up_proj(x_ND).float()
+        h_NF = self._act(gate_NF) * up_NF
+        for side, (gate_sign, up_sign) in enumerate(_SIGNS):
+            p_NF = torch.relu(gate_sign * gate_NF) * torch.relu(up_sign * up_NF)
+            self._products[:, side] += torch.stack([(h_NF * p_NF).sum(0), p_NF.square().sum(0)])
+            self._fires[side] += (p_NF > 0).sum(0)
+        self._tokens += x_ND.shape[0]
+
+    def choose(self, sides: str) -> Tensor:
+        """Rewrite the layer's neurons as the best sides; returns how many each dense neuron got, int64 [F]."""
+        hp_SF, pp_SF = self._products
+        down_F = self.mlp.down_proj.weight.float().square().sum(0)
+        explained_SF = hp_SF.square() / pp_SF.clamp_min(1e-20) * down_F
+        neurons = down_F.shape[0]
+        if sides == "one":
+            chosen_F = explained_SF[:2].argmax(0) * neurons + torch.arange(neurons, device=down_F.device)
+        else:
+            worth_SF = explained_SF / (self._fires / self._tokens + _RARE)
+            chosen_F = worth_SF.flatten().topk(neurons).indices
+        side_F, dense_F = chosen_F // neurons, chosen_F % neurons
+        factor_F = (hp_SF / pp_SF.clamp_min(1e-20)).flatten()[chosen_F]
+        self._write(dense_F, torch.tensor(_SIGNS, device=down_F.device)[side_F].T, factor_F)
+        return torch.bincount(dense_F, minlength=neurons)
+
+    def _write(self, dense_F: Tensor, signs_2F: Tensor, factor_F: Tensor) -> None:
+        """Write the neurons; a factor's size goes to gate and up alike, so that h keeps the dense one's size."""
+        size_F = factor_F.abs().clamp_min(1e-6).sqrt()
+        gate, up, down = self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj
+        for projection, sign_F in zip((gate, up), signs_2F, strict=True):
+            scale_F = sign_F * size_F
+            projection.weight.copy_(projection.weight[dense_F] * scale_F[:, None])
+            if projection.bias is not None:
+                projection.bias.copy_(projection.bias[dense_F] * scale_F)
+        down.weight.copy_(down.weight[:, dense_F] * factor_F.sign())
+
+
+@torch.no_grad()
+def allot_neurons(
+    student: Any, teacher: Any, batches: Iterable[Tensor], dtype: torch.dtype | None = None, sides: str = "best"
+) -> float:
+    """Rewrite the neurons of a freshly swapped dReLU student, in place, as the sides of dense neurons that matter most.
+
+    Args:
+        student: a dReLU model with the teacher's weights. One that was trained as dReLU would be broken by this.
+        teacher: the dense model it was made from; its activation and hidden states are used.
+        batches: int64 [B, T] token ids; some ten thousand tokens are enough.
+        dtype: of the residual stream, as in last_hidden.
+        sides: "best" of all, or "one" of each neuron, that where its gate is positive and its up either way.
+
+    Returns:
+        the share of dense neurons that got no side at all, 0..1.
+    """
+    teachers: list[Any] = list(ffns(teacher))
+    layers = [_Sides(mlp, dense.act_fn) for mlp, dense in zip(ffns(student), teachers, strict=True)]
+
+    def watch(layer: _Sides) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _module, inputs, _output: layer.add(inputs[0])
+
+    hooks = [mlp.register_forward_hook(watch(layer)) for mlp, layer in zip(teachers, layers, strict=True)]
+    try:
+        for ids_BT in batches:
+            last_hidden(teacher, ids_BT, dtype)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([layer.choose(sides) == 0 for layer in layers]).float().mean().item()

@@ -1,0 +1,73 @@
+"""Neurons allotted: the layer comes closer to the dense one, and nothing else changes."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from turbosparse.relufy.allot import allot_neurons
+from turbosparse.relufy.drelu import TurboSparseLlamaConfig, TurboSparseLlamaForCausalLM
+from turbosparse.relufy.objective import ffns
+
+
+@pytest.fixture(params=[False, True], ids=["no-bias", "bias"])
+def pair(request: pytest.FixtureRequest) -> tuple[LlamaForCausalLM, TurboSparseLlamaForCausalLM]:
+    """A dense model whose neurons prefer sides by chance, and its swap."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 37, "num_hidden_layers": 3, "vocab_size": 40}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "mlp_bias": request.param}
+    dense = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    with torch.no_grad():
+        for mlp in ffns(dense):
+            mlp.gate_proj.weight *= 20
+            mlp.up_proj.weight *= 20
+            if request.param:
+                mlp.up_proj.bias.normal_(std=2)
+                mlp.gate_proj.bias.normal_(std=2)
+    sparse = TurboSparseLlamaForCausalLM(TurboSparseLlamaConfig(activation="drelu", **sizes)).eval()
+    sparse.load_state_dict(dense.state_dict())
+    return dense, sparse
+
+
+def _inputs(dense, ids):
+    seen = []
+    hooks = [mlp.register_forward_hook(lambda _m, x, _y: seen.append(x[0])) for mlp in ffns(dense)]
+    dense(ids)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def _error(sparse_mlp: torch.nn.Module, dense_mlp: torch.nn.Module, x: torch.Tensor) -> float:
+    y = dense_mlp(x)
+    return ((sparse_mlp(x) - y).square().sum() / y.square().sum()).item()
+
+
+@torch.no_grad()
+def test_every_layer_comes_closer_and_the_rest_stays(pair):
+    dense, sparse = pair
+    ids = torch.randint(40, (6, 64))
+    inputs = _inputs(dense, ids)
+    before = [_error(*each) for each in zip(ffns(sparse), ffns(dense), inputs, strict=True)]
+    unused = allot_neurons(sparse, dense, ids.split(2))
+    after = [_error(*each) for each in zip(ffns(sparse), ffns(dense), inputs, strict=True)]
+    assert 0.05 < unused < 0.7
+    assert all(new < 0.6 * old for new, old in zip(after, before, strict=True))
+    for name, weight in sparse.state_dict().items():
+        if ".mlp." not in name:
+            torch.testing.assert_close(weight, dense.state_dict()[name], rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_neuron_on_its_unusual_sides_is_found(pair):
+    """A dense neuron that lives where the gate is negative, or up, becomes a dReLU neuron that fires there."""
+    dense, sparse = pair
+    for model in pair:
+        for mlp in ffns(model):
+            mlp.up_proj.weight.copy_(-mlp.gate_proj.weight)
+            if mlp.up_proj.bias is not None:
+                mlp.up_proj.bias.copy_(-mlp.gate_proj.bias)
+    ids = torch.randint(40, (4, 64))
+    inputs = _inputs(dense, ids)
+    assert all(mlp(x).abs().max() == 0 for mlp, x in zip(ffns(sparse), inputs, strict=True))  # never both positive
+    allot_neurons(sparse, dense, [ids])
+    assert all(_error(*each) < 0.3 for each in zip(ffns(sparse), ffns(dense), inputs, strict=True))
