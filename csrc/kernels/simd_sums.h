@@ -19,13 +19,10 @@ struct Halves {
   static constexpr int kBits = 16 / kWeights;
 };
 
-// The levels of rows a and b for part `part` of the group at `block`.
-template <class S, class Shape>
-static TS_INLINE inline typename S::I levels_of(const std::byte* a, const std::byte* b, const float* factor,
-                                                int64_t block, int part) {
-  const auto first = S::to_int(S::mul(S::set(factor[0]), Shape::scales(a, block, part)));
-  const auto second = S::to_int(S::mul(S::set(factor[1]), Shape::scales(b, block, part)));
-  return S::pair_low(first, second);
+// The levels of two rows, whose blocks have scales `a` and `b`.
+template <class S>
+static TS_INLINE inline typename S::I levels_of(typename S::F a, typename S::F b, const float* factor) {
+  return S::pair_low(S::to_int(S::mul(S::set(factor[0]), a)), S::to_int(S::mul(S::set(factor[1]), b)));
 }
 
 // Weight k of both rows of a pair, from the half that holds it.
@@ -46,7 +43,9 @@ static TS_INLINE inline void sum_group(const Rows<2 * P>& rows, Fetch& fetch, co
     I level[P];
     I total = S::template load_ints<S::kLanes>(sums + part * S::kLanes);
     TS_UNROLL for (int p = 0; p < P; ++p) {
-      level[p] = levels_of<S, Shape>(rows.values[2 * p], rows.values[2 * p + 1], factor + 2 * p, block, part);
+      const auto a = Shape::scales(rows.values[2 * p], block, part),
+                 b = Shape::scales(rows.values[2 * p + 1], block, part);
+      level[p] = levels_of<S>(a, b, factor + 2 * p);
       total = S::dot_words(total, S::ones(), level[p]);
     }
     S::template store_ints<S::kLanes>(sums + part * S::kLanes, total);
@@ -152,66 +151,101 @@ static void block_sum_listed(const Matrix& w, const int32_t* rows, const float* 
   }
 }
 
-// Pairs of rows whose levels for S::kSumVectors vectors stay in the first-level cache.
-inline constexpr int64_t kChunkPairs = 64;
-
-// One half of load i over a chunk of pairs: each quant is unpacked once for all V vectors.
-template <class S, WeightType kType, int G, int V, int kHalf>
-static void sum_half(const std::byte* const* rows, int64_t pairs, const typename S::I* level, int64_t block, int part,
-                     int i, int32_t* lanes) {
+// Part of a group of some pairs of rows, unpacked once for all vectors; small enough for the first-level cache.
+template <class S, WeightType kType, int G>
+class PairsOfRows {
   using Shape = Group<S, kType, G>;
   using I = typename S::I;
-  constexpr int kWeights = Halves<kType>::kWeights;
-  I sum[kWeights][V];
-  const auto at = [&](int k, int v) { return lanes + v * G * kBlock + Shape::lane(part, i, kHalf * kWeights + k); };
-  TS_UNROLL for (int k = 0; k < kWeights; ++k) {
-    TS_UNROLL for (int v = 0; v < V; ++v) sum[k][v] = S::template load_ints<Shape::kWidth>(at(k, v));
-  }
-  for (int64_t p = 0; p < pairs; ++p) {
-    const I a = Shape::load(rows[2 * p], block, part, i), b = Shape::load(rows[2 * p + 1], block, part, i);
-    const I half = kHalf == 0 ? S::pair_low(a, b) : S::pair_high(a, b);
-    const auto add = [&]<int k>(std::integral_constant<int, k>) TS_INLINE {
-      const I weights = weights_of<S, kType, k>(half);
-      TS_UNROLL for (int v = 0; v < V; ++v) sum[k][v] = S::dot_words(sum[k][v], weights, level[p * V + v]);
-    };
-    [&]<int... k>(std::integer_sequence<int, k...>)
-        TS_INLINE { (add(std::integral_constant<int, k>{}), ...); }(std::make_integer_sequence<int, kWeights>{});
-  }
-  TS_UNROLL for (int k = 0; k < kWeights; ++k) {
-    TS_UNROLL for (int v = 0; v < V; ++v) S::template store_ints<Shape::kWidth>(at(k, v), sum[k][v]);
-  }
-}
+  static constexpr int kTogether = 4;  // weights of a dword whose sums are in registers at the same time
+  static constexpr int kSteps = Shape::kLoads * Shape::kWeights / kTogether;
 
-// The group at `block` of rows [first, last) for V vectors: lanes [V, G * 32], sums [V, G or a vector]. `factor` [V,
-// stride], with a zero behind that of the last row.
-template <class S, WeightType kType, int G, int V>
-static void sum_group_of_rows(const Matrix& w, int64_t first, int64_t last, const float* factor, int64_t stride,
-                              int64_t block, int32_t* lanes, int32_t* sums) {
-  using Shape = Group<S, kType, G>;
-  using I = typename S::I;
-  for (int64_t begin = first; begin < last; begin += 2 * kChunkPairs) {
-    const int64_t end = begin + 2 * kChunkPairs < last ? begin + 2 * kChunkPairs : last;
-    const int64_t pairs = (end - begin + 1) / 2;
-    const std::byte* rows[2 * kChunkPairs];
-    for (int64_t r = 0; r < 2 * pairs; ++r) {
-      rows[r] = w.values + (begin + r < last ? begin + r : last - 1) * w.row_bytes;
-    }
-    for (int part = 0; part < Shape::kParts; ++part) {
-      alignas(64) I level[kChunkPairs * V];
-      for (int v = 0; v < V; ++v) {
-        const float* of_vector = factor + v * stride + (begin - first);
-        int32_t* sum = sums + v * kGroup + part * S::kLanes;
-        I total = S::template load_ints<S::kLanes>(sum);
-        for (int64_t p = 0; p < pairs; ++p) {
-          const I pair = levels_of<S, Shape>(rows[2 * p], rows[2 * p + 1], of_vector + 2 * p, block, part);
-          total = S::dot_words(total, S::ones(), pair);
-          level[p * V + v] = pair;
-        }
-        S::template store_ints<S::kLanes>(sum, total);
+ public:
+  static constexpr int64_t kMost = 16;
+
+  void unpack(const std::byte* const* rows, int64_t pairs, int64_t block, int part) {
+    constexpr int kHalf = Halves<kType>::kWeights;
+    pairs_ = pairs;
+    for (int64_t p = 0; p < pairs; ++p) {
+      const std::byte *first = rows[2 * p], *second = rows[2 * p + 1];
+      scales_[p][0] = Shape::scales(first, block, part);
+      scales_[p][1] = Shape::scales(second, block, part);
+      TS_UNROLL for (int i = 0; i < Shape::kLoads; ++i) {
+        const I a = Shape::load(first, block, part, i), b = Shape::load(second, block, part, i);
+        const I half[] = {S::pair_low(a, b), S::pair_high(a, b)};
+        [&]<int... k>(std::integer_sequence<int, k...>) TS_INLINE {
+          ((weights_[(i * Shape::kWeights + k) / kTogether][p][k % kTogether] =
+                weights_of<S, kType, k % kHalf>(half[k / kHalf])),
+           ...);
+        }(std::make_integer_sequence<int, Shape::kWeights>{});
       }
-      for (int i = 0; i < Shape::kLoads; ++i) {
-        sum_half<S, kType, G, V, 0>(rows, pairs, level, block, part, i, lanes);
-        sum_half<S, kType, G, V, 1>(rows, pairs, level, block, part, i, lanes);
+    }
+  }
+
+  // For V vectors with factors [V, stride]: lanes [V, G * 32] += level * quant, sums [V, kGroup] += level.
+  template <int V>
+  void add(const float* factor, int64_t stride, int part, int32_t* lanes, int32_t* sums) const {
+    I level[kMost][V];
+    for (int v = 0; v < V; ++v) {
+      int32_t* sum = sums + v * kGroup + part * S::kLanes;
+      I total = S::template load_ints<S::kLanes>(sum);
+      for (int64_t p = 0; p < pairs_; ++p) {
+        level[p][v] = levels_of<S>(scales_[p][0], scales_[p][1], factor + v * stride + 2 * p);
+        total = S::dot_words(total, S::ones(), level[p][v]);
+      }
+      S::template store_ints<S::kLanes>(sum, total);
+    }
+    for (int step = 0; step < kSteps; ++step) add_step<V>(step, level, part, lanes);
+  }
+
+ private:
+  template <int V>
+  TS_INLINE void add_step(int step, const I (&level)[kMost][V], int part, int32_t* lanes) const {
+    const int i = step * kTogether / Shape::kWeights, first = step * kTogether % Shape::kWeights;
+    const auto at = [&](int k, int v) { return lanes + v * G * kBlock + Shape::lane(part, i, first + k); };
+    I sum[kTogether][V];
+    TS_UNROLL for (int k = 0; k < kTogether; ++k) {
+      TS_UNROLL for (int v = 0; v < V; ++v) sum[k][v] = S::template load_ints<Shape::kWidth>(at(k, v));
+    }
+    for (int64_t p = 0; p < pairs_; ++p) {
+      TS_UNROLL for (int k = 0; k < kTogether; ++k) {
+        TS_UNROLL for (int v = 0; v < V; ++v) sum[k][v] = S::dot_words(sum[k][v], weights_[step][p][k], level[p][v]);
+      }
+    }
+    TS_UNROLL for (int k = 0; k < kTogether; ++k) {
+      TS_UNROLL for (int v = 0; v < V; ++v) S::template store_ints<Shape::kWidth>(at(k, v), sum[k][v]);
+    }
+  }
+
+  int64_t pairs_;
+  typename S::F scales_[kMost][2];
+  I weights_[kSteps][kMost][kTogether];
+};
+
+// The group at `block` of rows [first, last) for all vectors of `sum`: its lanes and levels.
+template <class S, WeightType kType, int G>
+static void sum_group_of_rows(const Matrix& w, int64_t first, int64_t last, int64_t block, const RowSums& sum) {
+  using Pairs = PairsOfRows<S, kType, G>;
+  constexpr int V = S::kSumVectors;
+  constexpr int64_t kRows = 2 * Pairs::kMost, kBytes = G * scaled_block_bytes(kType);
+  const int64_t stride = last - first + 1;
+  Pairs pairs;
+  for (int64_t begin = first; begin < last; begin += kRows) {
+    const std::byte *rows[kRows], *next[kRows];
+    for (int64_t r = 0; r < kRows; ++r) {
+      rows[r] = w.values + (begin + r < last ? begin + r : last - 1) * w.row_bytes;
+      next[r] = w.values + (begin + kRows + r < last ? begin + kRows + r : last - 1) * w.row_bytes;
+    }
+    const int64_t left = (last - begin + 1) / 2;
+    for (int part = 0; part < Group<S, kType, G>::kParts; ++part) {
+      pairs.unpack(rows, left < Pairs::kMost ? left : Pairs::kMost, block, part);
+      int64_t fetched = 0;
+      for (int64_t v = 0; v < sum.vectors; v += V) {
+        for (; fetched * sum.vectors < kRows * (v + V); ++fetched) {  // evenly, while vectors are at work
+          const std::byte* row = next[fetched] + block * scaled_block_bytes(kType);
+          for (int64_t byte = 0; byte < kBytes && part == 0; byte += 64) S::prefetch(row + byte);
+        }
+        pairs.template add<V>(sum.factor + v * stride + (begin - first), stride, part, sum.lanes + v * G * kBlock,
+                              sum.levels + v * kGroup);
       }
     }
   }
@@ -220,23 +254,20 @@ static void sum_group_of_rows(const Matrix& w, int64_t first, int64_t last, cons
 template <class S, WeightType kType>
 static void block_sum_rows(const Matrix& w, int64_t first, int64_t last, const float* coefficient, int64_t stride,
                            int64_t count, float* y, int64_t y_stride) {
-  constexpr int V = S::kSumVectors;
   const int64_t n = last - first;
-  const RowSums sum(w, first, last, coefficient, stride, count, V);
+  const RowSums sum(w, first, last, coefficient, stride, count, S::kSumVectors);
   for (int64_t i = 0; i < sum.n_in_floats; ++i) {
     const int64_t v = sum.in_floats[i];
     block_axpy_listed<S, kType>(w, sum.every, coefficient + v * stride, n, y + v * y_stride);
   }
   for_groups(0, w.cols / kBlock, [&]<int G>(Size<G>, int64_t block) {
-    for (int64_t v = 0; v < count; v += V) {
-      alignas(64) int32_t lanes[V * G * kBlock] = {};
-      alignas(64) int32_t sums[V * kGroup] = {};
-      sum_group_of_rows<S, kType, G, V>(w, first, last, sum.factor + v * (n + 1), n + 1, block, lanes, sums);
-      for (int64_t i = 0; i < V && v + i < count; ++i) {
-        if (sum.scale[v + i] == 0) continue;
-        add_sums<S, kType, G>(lanes + i * G * kBlock, sums + i * kGroup, sum.scale[v + i],
-                              y + (v + i) * y_stride + block * kBlock);
-      }
+    __builtin_memset(sum.lanes, 0, static_cast<size_t>(sum.vectors * G * kBlock) * sizeof(int32_t));
+    __builtin_memset(sum.levels, 0, static_cast<size_t>(sum.vectors * kGroup) * sizeof(int32_t));
+    sum_group_of_rows<S, kType, G>(w, first, last, block, sum);
+    for (int64_t v = 0; v < count; ++v) {
+      if (sum.scale[v] == 0) continue;
+      add_sums<S, kType, G>(sum.lanes + v * G * kBlock, sum.levels + v * kGroup, sum.scale[v],
+                            y + v * y_stride + block * kBlock);
     }
   });
 }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <new>
 #include <numeric>
 
 namespace turbosparse {
@@ -15,6 +16,12 @@ uint32_t largest_bits(const Matrix& w, const int32_t* rows, const float* coeffic
     largest = std::max(largest, std::bit_cast<uint32_t>(coefficient[i] * w.largest[rows[i]]) & 0x7fffffffu);
   }
   return largest;
+}
+
+constexpr std::align_val_t kLine{64};
+
+int32_t* aligned_ints(int64_t n) {
+  return static_cast<int32_t*>(::operator new(static_cast<size_t>(n) * sizeof(int32_t), kLine));
 }
 
 }  // namespace
@@ -31,12 +38,15 @@ Levels levels_for(const Matrix& w, const int32_t* rows, const float* coefficient
 }
 
 RowSums::RowSums(const Matrix& w, int64_t first, int64_t last, const float* coefficient, int64_t stride, int64_t count,
-                 int64_t step) {
-  const int64_t n = last - first, filled = (count + step - 1) / step * step;
-  factor = new float[filled * (n + 1)]();
-  scale = new float[filled]();
+                 int64_t step)
+    : vectors((count + step - 1) / step * step) {
+  const int64_t n = last - first;
+  factor = new float[vectors * (n + 1)]();
+  scale = new float[vectors]();
   every = new int32_t[n];
   in_floats = new int32_t[count];
+  lanes = aligned_ints(vectors * kGroup * kBlock);
+  levels = aligned_ints(vectors * kGroup);
   std::iota(every, every + n, static_cast<int32_t>(first));
   for (int64_t v = 0; v < count; ++v) {
     const float* of_vector = coefficient + v * stride;
@@ -53,6 +63,8 @@ RowSums::~RowSums() {
   delete[] scale;
   delete[] every;
   delete[] in_floats;
+  ::operator delete(lanes, kLine);
+  ::operator delete(levels, kLine);
 }
 
 }  // namespace turbosparse

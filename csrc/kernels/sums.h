@@ -33,11 +33,14 @@ struct RowSums {
   RowSums(const RowSums&) = delete;
   RowSums& operator=(const RowSums&) = delete;
 
+  int64_t vectors;     // `count`, filled up
   float* factor;       // [vectors, last - first + 1], the last of each is zero
   float* scale;        // [vectors]; 0: it adds nothing here
   int32_t* every;      // first, first + 1 ...
   int32_t* in_floats;  // vectors that have to be summed in fp32
   int64_t n_in_floats = 0;
+  int32_t* lanes;   // [vectors, columns of a group]: room for the sums of a group
+  int32_t* levels;  // [vectors, blocks of a group]: and for those of its levels
 };
 
 }  // namespace turbosparse

@@ -1,5 +1,8 @@
 """Each kernel of each instruction set that this machine has: against numpy, and against itself in other groupings."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from reference import kernels as reference
@@ -51,6 +54,21 @@ def int8_choices(type):
 def test_generic_comes_last():
     assert ISAS[-1] == "generic"
     assert len(set(ISAS)) == len(ISAS)
+
+
+def test_every_instruction_set_of_this_processor_is_tested():
+    """Linux names what the processor has; the tests of this folder run what `available` finds."""
+    path = Path("/proc/cpuinfo")
+    flags = set(re.findall(r"\w+", path.read_text())) if path.exists() else set()
+    needed = {
+        "avx2": {"avx2", "fma", "f16c"},
+        "avxvnni": {"avx2", "fma", "f16c", "avx_vnni"},
+        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
+        "neon": {"asimddp"},
+    }
+    if not flags & set().union(*needed.values()):
+        pytest.skip("no list of what the processor has")
+    assert set(ISAS) == {"generic"} | {name for name, flags_of in needed.items() if flags_of <= flags}
 
 
 @isa

@@ -11,9 +11,12 @@ except ImportError as error:
 
 from turbosparse.engine.audit import AuditReport
 from turbosparse.engine.drafting import Drafting
-from turbosparse.engine.engine import LOSSLESS, ActivationCounts, Engine, PhaseTime, Session, Traffic
+from turbosparse.engine.engine import Engine
 from turbosparse.engine.generate import Chunk, draw_tokens, generate
+from turbosparse.engine.measures import ActivationCounts, PhaseTime, Traffic
+from turbosparse.engine.modes import LOSSLESS
 from turbosparse.engine.sampler import SamplingParams
+from turbosparse.engine.session import Session
 
 __all__ = [
     "LOSSLESS",

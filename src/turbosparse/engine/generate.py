@@ -6,8 +6,10 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from turbosparse.engine.engine import LOSSLESS, Engine, Session
+from turbosparse.engine.engine import Engine
+from turbosparse.engine.modes import LOSSLESS
 from turbosparse.engine.sampler import SamplingParams
+from turbosparse.engine.session import Session
 from turbosparse.errors import UserError
 
 
