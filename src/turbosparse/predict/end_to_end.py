@@ -29,7 +29,7 @@ from turbosparse.predict.whole import Whole, fast
 
 _WIDTH = 2.0  # of the sigmoid, in scores
 _LOWEST = 0.01  # of m at a threshold, over COST: below, a layer selects nearly all
-_PULL = 0.05  # how fast the price follows, in logs a step
+_PULL = 0.1  # how fast the price follows, in logs a step
 
 
 @dataclass(frozen=True)
