@@ -1,14 +1,18 @@
 """Predictors of all layers trained at once, on the layers' own loss and on the model's output."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
+from turbosparse.engine import Engine
+from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig
 from turbosparse.model.gguf import GGUFFile
+from turbosparse.predict import Wish, train_predictors
 from turbosparse.predict.decoder import Decoder, embed, logits
 from turbosparse.predict.end_to_end import Aim, _Decide, refine
 from turbosparse.predict.finish import by_price, by_shift, curves, stored
@@ -26,6 +30,16 @@ WINDOWS = torch.from_numpy(np.random.default_rng(5).integers(3, 300, size=(24, 3
 
 def nothing(*done: float) -> None:
     """No progress to show."""
+
+
+@pytest.fixture
+def text(tmp_path):
+    """About 6000 tokens of words that are drawn at random."""
+    rng = np.random.default_rng(0)
+    words = ["fox", "dog", "the", "quick", "path", "return", "12345", "über", "日本", "x + y"]
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": " ".join(rng.choice(words, 60))}) for _ in range(60)))
+    return path
 
 
 @pytest.fixture
@@ -167,3 +181,22 @@ def test_a_text_is_read_as_a_whole_before_it_is_read_again():
     for _ in range(2):
         seen = torch.cat([next(text)[:, 0] for _ in range(3)])
         assert sorted(seen.tolist()) == list(range(12))
+
+
+@pytest.mark.parametrize("wish", [Wish(share=0.5, together=True, epochs=3), Wish(rank=32, end_to_end=5, epochs=1)])
+def test_the_command_writes_what_runs_and_promises_what_was_measured(tiny_gguf, text, tmp_path, wish):
+    out = tmp_path / "out.gguf"
+    report = train_predictors(tiny_gguf("qwen3", "drelu", "q8_0"), text, out, wish)
+    predictor = Engine.load(out).config.predictor
+    assert predictor.recall == pytest.approx([min(layer.mass_kept, 0.9999) for layer in report.layers])
+    assert predictor.ranks == tuple(layer.rank for layer in report.layers)
+    assert report.mean("mass_kept") == pytest.approx(0.98, abs=0.02)
+    if wish.rank is None:
+        assert 0.3 < report.mean("bytes_share") <= 0.5
+    session = Engine.load(out).session()
+    assert np.isfinite(session.decode(5, "predicted")).all()
+
+
+def test_what_is_kept_is_not_trained(tiny_gguf):
+    with pytest.raises(UserError, match="--keep trains nothing"):
+        Wish(keep=True, end_to_end=3)

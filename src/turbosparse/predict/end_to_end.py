@@ -1,7 +1,7 @@
 """Train the predictors of all layers on what their misses do to the model's own output.
 
 Layer by layer (fit.py) every neuron is weighed by what it costs alone. What several layers miss adds up, and moves the
-inputs of those behind. So here the model runs as the engine will run it, with the selected neurons only, and the loss is
+inputs of those behind. So here the model runs as the engine will run it, with the selected neurons only; the loss is
 
     KL(exact || predicted) / price + the number of neurons that are selected,    per token,
 

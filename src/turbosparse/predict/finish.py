@@ -46,7 +46,7 @@ def curves(
 
 
 def by_price(found: Sequence[Curve], recall: float) -> tuple[list[int], float]:
-    """Index of each layer's threshold at one price for all, at which they keep `recall` of |h| on average; the price."""
+    """Index of each layer's threshold at one price for all, where they keep `recall` of |h| on average; that price."""
     price = price_for(found, recall)
     return [layer.best(price) for layer in found], price
 

@@ -14,8 +14,8 @@ from turbosparse.predict.fit import rounded, start, whitening
 class Stack:
     """fc1 [rank, hidden] and fc2 [ffn, rank] of every layer, padded with zeros to the widest.
 
-    Zeros stay zeros: a unit that puts out nothing hands no gradient to its row (the slope of ReLU at 0 is 0), nor to its
-    column. As in `fit`, fc1 is trained in whitened coordinates.
+    Zeros stay zeros: a unit that puts out nothing hands no gradient to its row (the slope of ReLU at 0 is 0), nor to
+    its column. As in `fit`, fc1 is trained in whitened coordinates.
 
     Attributes:
         ranks: of the layers.

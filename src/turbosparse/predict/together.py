@@ -56,7 +56,7 @@ class Ground:
         self._samples: list[Tokens] = []
         scales: list[Tensor] = []
         for tokens, each in zip(seen, worth, strict=True):
-            x, mass = tokens.batch(slice(None), whole.device)
+            mass = tokens.batch(slice(None), whole.device)[1]
             always = sinks(mass.max(0).values, each)
             self.always.append(always)
             self.worth.append(torch.where(always, 0.0, each))
@@ -101,8 +101,8 @@ def learn(
     """
     parameters = [parameter for stack in stacks for parameter in stack.parameters]
     optimizer = torch.optim.Adam(parameters, lr=RATE, betas=(0.9, 0.98), fused=whole.device.type == "cuda")
-    step = 0
-    for step, (done, windows) in enumerate(zip(shares(pace), text, strict=False), 1):
+    steps = 0
+    for done, windows in zip(shares(pace), text, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = RATE * rate(done)
         optimizer.zero_grad()
@@ -111,8 +111,9 @@ def learn(
         for stack in stacks:
             _backward(stack, x, m, done >= 0.5)
         optimizer.step()
+        steps += 1
         progress(done)
-    return step
+    return steps
 
 
 def _stacked(seen: Sequence[Tokens], scale: Tensor) -> tuple[Tensor, Tensor]:
