@@ -83,6 +83,16 @@ def test_a_fitted_predictor_finds_what_fires_on_tokens_it_has_not_seen():
     assert found.selected < 0.6 * blind
 
 
+def test_a_dimension_that_a_norm_silences_does_not_cost_its_neighbours():
+    """They share a block of Q4_0 with it, whose scale would be that of its useless weights."""
+    tokens = tokens_of_two_directions(3000)
+    silenced = tokens.x.copy()
+    silenced[:, 5] = 1e-4 * np.random.default_rng(2).standard_normal(3000)
+    fc1, _ = fit(Tokens(silenced, tokens.mass), torch.full((64,), 1e-6), 32, Type.Q4_0, 100, 0, CPU)
+    largest = fc1.abs().max(0).values
+    assert largest[5] < largest.median()
+
+
 @pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q8_0, Type.F16])
 def test_a_neuron_that_makes_attention_sinks_is_always_selected(kind):
     largest = torch.full((256,), 1.0)

@@ -33,7 +33,7 @@ RATE = 1e-2
 COST = 0.1
 LARGEST = 1000.0  # of m: a few are hundreds of times the mean, and would be all that a batch learns from
 MOST_NATS = 1.0  # a neuron can cost: beyond, the sensitivities say nothing
-_FLOOR = 1e-3  # of the mean eigenvalue: directions that hardly vary are noise
+_QUIET = 1e-2  # of the median eigenvalue: directions that vary less are left out
 _BIAS = 8.0  # the constant unit is this large, so that its column of fc2 is not much larger than the others
 
 
@@ -126,11 +126,16 @@ def start(x: Tensor, mass: Tensor, white: Tensor, rank: int) -> tuple[Tensor, Te
 
 
 def whitening(x: Tensor) -> Tensor:
-    """W with E[(x W)^T (x W)] about one, float32 [hidden, hidden]; x are inputs [tokens, hidden], not centred."""
+    """W with E[(x W)^T (x W)] about one, float32 [hidden, hidden]; x are inputs [tokens, hidden], not centred.
+
+    Directions that hardly vary are made smaller, not larger. Norms silence a dimension of the stream that is always
+    large; enlarged to what others are, it would have the largest weights of fc1 without a use, and the others that
+    share a block with it, and the block's scale, would be stored as zeros.
+    """
     moments = (x.T @ x / len(x)).double()
     values, vectors = torch.linalg.eigh(moments)
-    values = values.clamp_min(float(values.mean()) * _FLOOR)
-    return (vectors * values.rsqrt()).float()
+    values = values.clamp_min(0.0)
+    return (vectors * (values.sqrt() / (values + _QUIET * values.median()))).float()
 
 
 def telling(z: Tensor, fires: Tensor) -> Tensor:
