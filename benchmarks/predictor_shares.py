@@ -3,8 +3,8 @@
     python benchmarks/predictor_shares.py MODEL.gguf DATA OUT SECONDS [--device cuda]
 
 DATA holds train.npz, tuned.npz and measured.npz, each with one array `w` of token ids, [windows, length]: to learn
-from, to set thresholds on and to measure on. All sizes are fitted from the same passes. OUT gets log.json and, as soon as
-it is made, NAME.npz of every result: fc1_L and fc2_L as they are stored, ranks, kinds, and thresholds that keep 98 %.
+from, to set thresholds on and to measure on. All sizes are fitted from the same passes. OUT gets log.json and, as soon
+as it is made, NAME.npz of every result: fc1_L and fc2_L as they are stored, ranks, kinds, thresholds that keep 98 %.
 """
 
 from __future__ import annotations
