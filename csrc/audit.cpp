@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <stdexcept>
+#include <utility>
 
 #include "sampler.h"
 
@@ -43,10 +45,11 @@ Audit::Audit(const Config& config)
   promised_thresholds_.resize(n_layers_ * ffns_);
 }
 
-void Audit::begin(double share, uint64_t seed, double promised) {
+void Audit::begin(double share, uint64_t seed, std::vector<double> promised) {
+  if (static_cast<int64_t>(promised.size()) != n_layers_) throw std::invalid_argument("one promise a layer");
   share_ = share;
   seed_ = seed;
-  promised_ = promised;
+  promised_ = std::move(promised);
   recent_.resize(n_layers_);
   layers_.resize(n_layers_);
 }
@@ -70,7 +73,7 @@ void Audit::close(int64_t position, const float* exact, const float* predicted, 
     all.hit += one.hit;
     all.mass += one.mass;
     all.kept += one.kept;
-    if (promised_ > 0 && drifts(recent_[layer])) move(layer, position);
+    if (promised_[layer] > 0 && drifts(layer)) move(layer, position);
   }
   const double recall = all.fired > 0 ? static_cast<double>(all.hit) / static_cast<double>(all.fired) : 1;
   verdicts_.push_back({position, recall, all.mass > 0 ? all.kept / all.mass : 1, divergence(exact, predicted, vocab)});
@@ -107,15 +110,17 @@ LayerVerdict Audit::judge(int64_t layer) {
   return one;
 }
 
-bool Audit::drifts(const Recent& recent) const {
+bool Audit::drifts(int64_t layer) const {
+  const Recent& recent = recent_[layer];
+  const double promised = promised_[layer];
   const size_t n = recent.kept.size();
   if (n < kFewest) return false;
   const double mean = std::accumulate(recent.kept.begin(), recent.kept.end(), 0.0) / static_cast<double>(n);
   double squares = 0;
   for (const double kept : recent.kept) squares += (kept - mean) * (kept - mean);
   const double error = std::sqrt(squares / static_cast<double>(n - 1) / static_cast<double>(n));
-  const double missed = (1 - mean) / (1 - promised_);
-  return std::fabs(mean - promised_) > kErrors * error && (missed > kMore || missed < kLess);
+  const double missed = (1 - mean) / (1 - promised);
+  return std::fabs(mean - promised) > kErrors * error && (missed > kMore || missed < kLess);
 }
 
 // Move the thresholds of a layer to where the pooled neurons would have kept what was promised.
@@ -126,7 +131,7 @@ void Audit::move(int64_t layer, int64_t position) {
   double mass = 0, kept = 0;
   for (const Noted& each : neurons) mass += each.mass;
   size_t last = 0;
-  while (last + 1 < neurons.size() && (kept += neurons[last].mass) < promised_ * mass) ++last;
+  while (last + 1 < neurons.size() && (kept += neurons[last].mass) < promised_[layer] * mass) ++last;
   const float by = neurons[last].margin;
   for (int64_t expert = 0; expert < ffns_; ++expert) thresholds_[layer * ffns_ + expert] += by;
   const double mean =

@@ -37,9 +37,9 @@ class Audit {
  public:
   explicit Audit(const Config& config);
 
-  // From now on audit a `share` of the tokens, 0 for none, and keep the thresholds such that `promised` of the mass is
-  // kept in every layer; 0: leave them as they are.
-  void begin(double share, uint64_t seed, double promised);
+  // From now on audit a `share` of the tokens, 0 for none, and keep the thresholds of every layer such that it keeps
+  // its own share of the mass, `promised` [layers], each below 1; 0: leave them as they are.
+  void begin(double share, uint64_t seed, std::vector<double> promised);
   // Forget what was moved, as a new text does; figures stay.
   void restart();
 
@@ -70,12 +70,13 @@ class Audit {
     std::vector<size_t> ends;    // of each audit in `neurons`
   };
   LayerVerdict judge(int64_t layer);
-  bool drifts(const Recent& recent) const;
+  bool drifts(int64_t layer) const;
   void move(int64_t layer, int64_t position);
 
   int64_t n_layers_, ffns_, slots_, ffn_;
   std::vector<float> promised_thresholds_, thresholds_;  // the file's, and those in use: [layers, ffns]
-  double share_ = 0, promised_ = 0;
+  double share_ = 0;
+  std::vector<double> promised_;  // [layers]
   uint64_t seed_ = 0;
   std::vector<Noted> noted_;  // [layers, slots, ffn]; no mass where nothing fires
   std::vector<Recent> recent_;

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <unordered_set>
 
 namespace turbosparse {
@@ -35,6 +34,60 @@ std::vector<float> penalised(const float* logits, int64_t vocab, float penalty, 
   return out;
 }
 
+// Candidates from the likeliest on, sorted no further than they are asked for: a draw is mostly among the first.
+class Ordered {
+ public:
+  explicit Ordered(std::vector<Candidate>& candidates) : candidates_(candidates), left_(candidates.size()) {
+    std::make_heap(candidates_.begin(), candidates_.end(), less_likely);
+  }
+  // The one at a place; places are asked for in order.
+  const Candidate& at(size_t place) {
+    while (candidates_.size() - left_ <= place) {
+      std::pop_heap(candidates_.begin(), candidates_.begin() + static_cast<int64_t>(left_), less_likely);
+      --left_;
+    }
+    return candidates_[candidates_.size() - 1 - place];
+  }
+
+ private:
+  static bool less_likely(const Candidate& a, const Candidate& b) { return likelier(b, a); }
+  std::vector<Candidate>& candidates_;
+  size_t left_;  // that are not sorted yet, in front
+};
+
+// The candidate that `number`, uniform in [0, 1), falls on.
+int32_t draw(std::vector<Candidate>& candidates, const SamplingParams& params, double number) {
+  Ordered ordered(candidates);
+  const double highest = ordered.at(0).logit;
+  const auto weight = [&](const Candidate& each) { return std::exp(each.logit - highest); };
+  double total = 0;
+  for (const Candidate& each : candidates) total += weight(each);
+  size_t kept = candidates.size();
+  double mass = total;
+  if (params.top_p < 1 || params.min_p > 0) {
+    // The first token always stays; a later one while the mass before it is short of top_p, and not under min_p.
+    kept = 0;
+    mass = 0;
+    while (kept < candidates.size()) {
+      const double next = weight(ordered.at(kept));
+      if (kept > 0 && !(mass < params.top_p * total && next >= params.min_p)) break;
+      mass += next;
+      ++kept;
+    }
+  }
+  double left = number * mass;
+  int32_t last = ordered.at(0).id;
+  for (size_t place = 0; place < kept; ++place) {
+    const Candidate& each = ordered.at(place);
+    const double share = weight(each);
+    if (!(share > 0)) break;  // never chosen, even where rounding leaves something of `left`
+    last = each.id;
+    left -= share;
+    if (left < 0) break;
+  }
+  return last;
+}
+
 }  // namespace
 
 double uniform(uint64_t seed, uint64_t position) {
@@ -54,23 +107,7 @@ int32_t sample(const float* logits, int64_t vocab, const SamplingParams& params,
     std::nth_element(candidates.begin(), candidates.begin() + (k - 1), candidates.end(), likelier);
     candidates.resize(k);
   }
-  std::sort(candidates.begin(), candidates.end(), likelier);
-  std::vector<double> weight(candidates.size());
-  const double highest = candidates[0].logit;
-  for (size_t i = 0; i < weight.size(); ++i) weight[i] = std::exp(candidates[i].logit - highest);
-  const double total = std::accumulate(weight.begin(), weight.end(), 0.0);
-  size_t kept = 0;
-  double mass = 0;
-  // The first token always stays; a later one while the mass before it is short of top_p, and not under min_p.
-  while (kept < weight.size() && (kept == 0 || (mass < params.top_p * total && weight[kept] >= params.min_p))) {
-    mass += weight[kept++];
-  }
-  double left = uniform(params.seed, position) * mass;
-  for (size_t i = 0; i < kept; ++i) {
-    left -= weight[i];
-    if (left < 0) return candidates[i].id;
-  }
-  return candidates[kept - 1].id;
+  return draw(candidates, params, uniform(params.seed, position));
 }
 
 }  // namespace turbosparse

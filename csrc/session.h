@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "audit.h"
@@ -33,7 +34,9 @@ class Session {
   size_t cache_bytes() const { return cache_.bytes(); }
   const Choice& choice() const { return choice_; }
   const Audit& audit() const { return audit_; }
-  void begin_audit(double share, uint64_t seed, double promised) { audit_.begin(share, seed, promised); }
+  void begin_audit(double share, uint64_t seed, std::vector<double> promised) {
+    audit_.begin(share, seed, std::move(promised));
+  }
   size_t layers() const { return model_->layers().size(); }
   // Forget all tokens from `position` on; what is kept has the bits that it had. Where a sliding layer has given up the
   // cells that the next token would need, everything is forgotten. Returns the position reached.

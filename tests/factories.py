@@ -170,12 +170,13 @@ def copy_metadata(file: GGUFFile, writer: gguf.GGUFWriter) -> None:
 class TinyPredictor:
     """Predictors: fc1 [rank, hidden], fc2 [ffn, rank] and a threshold a layer; None for a layer without one.
 
-    Of experts: fc1 [experts, rank, hidden], fc2 [experts, ffn, rank] and thresholds [experts].
+    Of experts: fc1 [experts, rank, hidden], fc2 [experts, ffn, rank] and thresholds [experts]. `recall` is what every
+    layer promises to keep, or, as early files said it, all of them.
     """
 
     layers: list[tuple[np.ndarray, np.ndarray, float | np.ndarray] | None]
     normed: bool
-    recall: float | None = None
+    recall: float | list[float] | None = None
 
 
 def add_predictor(source: Path, out: Path, predictor: TinyPredictor, kind: gguf.GGMLQuantizationType) -> Path:
@@ -189,7 +190,9 @@ def add_predictor(source: Path, out: Path, predictor: TinyPredictor, kind: gguf.
         thresholds = [np.broadcast_to(0.0 if layer is None else layer[2], experts) for layer in predictor.layers]
         writer.add_array("turbosparse.predictor.threshold", np.concatenate(thresholds).tolist())
         writer.add_string("turbosparse.predictor.input", "normed" if predictor.normed else "residual")
-        if predictor.recall is not None:
+        if isinstance(predictor.recall, list):
+            writer.add_array("turbosparse.predictor.recall", predictor.recall)
+        elif predictor.recall is not None:
             writer.add_float32("turbosparse.predictor.recall", predictor.recall)
         for name, tensor in file.tensors.items():
             rows = tensor.data.reshape(*tensor.shape[:-1], -1)

@@ -1,6 +1,6 @@
 """The native CPU engine; see csrc/module.cpp."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,7 @@ class Session:
     def context(self) -> int: ...
     @property
     def cache_bytes(self) -> int: ...
-    def begin_audit(self, share: float, seed: int, promised: float) -> None: ...
+    def begin_audit(self, share: float, seed: int, promised: Sequence[float]) -> None: ...
     @property
     def audit(
         self,

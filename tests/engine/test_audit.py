@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from factories import TinyPredictor, add_predictor, random_predictor
+from published_folders import published_folder
 from transformers import AutoModelForCausalLM
 
 import turbosparse  # noqa: F401  registers the sparse model types
@@ -12,10 +13,12 @@ from turbosparse.engine import Engine, SamplingParams, draw_tokens
 from turbosparse.engine.audit import Estimate, _student
 from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig
+from turbosparse.model.export import export_gguf
 from turbosparse.model.gguf import GGUFFile
 from turbosparse.model.shapes import shape_config
 from turbosparse.model.synthetic import rates_for, write_synthetic
 from turbosparse.model.synthetic_predictor import Prediction
+from turbosparse.predict.decoder import Decoder, embed
 
 Type = gguf.GGMLQuantizationType
 TOKENS = [int(token) for token in np.random.default_rng(3).integers(3, 300, size=101)]
@@ -190,7 +193,7 @@ def test_thresholds_that_drift_are_moved_to_what_the_file_promises(predicting, s
     """Thresholds are far too high, or so low that everything is selected; 90 % of the mass is promised."""
     engine, session, tokens = drifting(predicting, shift)
     report = session.audit_report
-    assert report.promised == pytest.approx(0.9)
+    assert report.promised == pytest.approx((0.9, 0.9))  # an early file: one promise for all layers
     first = report.moves[0]
     assert first.layer == 1 and first.by * sign > 0 and first.position == 5 + 15
     assert (first.kept < 0.8) if sign < 0 else (first.kept == 1.0)
@@ -218,6 +221,73 @@ def test_what_holds_is_left_alone_and_so_is_what_promises_nothing(predicting):
     kept = session.audit_report.kept.mean
     _, session, _ = drifting(predicting, 1.0, round(kept, 3))
     assert session.audit_report.moves == ()
+
+
+def test_every_layer_is_held_to_its_own_promise(tiny_gguf, tmp_path):
+    """Two layers keep what they keep; whichever promises something else is moved, to that."""
+    source = tiny_gguf("llama", "drelu", "q8_0")
+    c = config_of(source)
+    plain = random_predictor(c.n_layers, c.hidden_size, c.ffn_size, 32, True)
+
+    def report_of(promised: list[float]):
+        path = add_predictor(source, tmp_path / "m.gguf", TinyPredictor(plain.layers, True, promised), Type.Q8_0)
+        session = Engine.load(path, threads=2).session()
+        session.audit(1.0)
+        session.prefill(TOKENS[:5], "predicted")
+        for token in TOKENS[5:] + TOKENS:
+            session.decode(token, "predicted")
+        return session.audit_report
+
+    kept = [layer.kept for layer in report_of([0.0, 0.0001]).layers]
+    assert max(kept) < 0.9
+    for wrong in range(2):
+        promised = [round(share, 4) for share in kept]
+        promised[wrong] = 0.95
+        report = report_of(promised)
+        assert report.promised == pytest.approx(promised) and {move.layer for move in report.moves} == {wrong}
+        assert report.moves[0].by < 0
+    silent = report_of([0.0, 0.95])
+    assert {move.layer for move in silent.moves} == {1} and silent.to_json()["promised"] == pytest.approx([0.0, 0.95])
+
+
+def test_behind_a_gate_threshold_only_what_passes_it_is_audited(tmp_path):
+    """FATReLU (ProSparse): gates above zero and below the threshold neither fire nor count as missed."""
+    folder = published_folder(tmp_path / "hf", "prosparse", hidden_act_param=0.3)
+    export_gguf(folder, tmp_path / "plain.gguf", "f32")
+    c = config_of(tmp_path / "plain.gguf")
+    assert c.gate_threshold == pytest.approx(0.3)
+    predictor = random_predictor(c.n_layers, c.hidden_size, c.ffn_size, 32, True, without=0)
+    path = add_predictor(tmp_path / "plain.gguf", tmp_path / "m.gguf", predictor, Type.F32)
+    engine = Engine.load(path, compute="f32", threads=2)
+    session = engine.session()
+    session.audit(1.0)
+    for token in TOKENS:
+        session.decode(token, "predicted")
+    report = session.audit_report
+    with GGUFFile.open(path) as file, torch.inference_mode():
+        stream = embed(file, c, TOKENS)[None]
+        for layer in range(c.n_layers):
+            stream, fired = Decoder(file, c, layer, torch.device("cpu"))(stream)
+    fc1, fc2, threshold = predictor.layers[-1]
+    matrices = (torch.tensor(each, dtype=torch.float32) for each in (fc1, fc2))
+    first, second = matrices
+    chosen = torch.relu(fired.x[0] @ first.T) @ second.T >= threshold
+    mass = fired.h[0].abs().double()
+    opened = fired.x[0] @ torch.from_numpy(gate_of(path, c)).T
+    silenced = ((opened > 0) & (opened < 0.3)).sum()
+    assert silenced > 100 and int((mass > 0).sum()) + int(silenced) == int((opened > 0).sum())
+    fired_in_all, found, of_mass, of_kept = report.sums[-1]
+    assert fired_in_all == pytest.approx(int((mass > 0).sum()), abs=3)  # a gate within rounding of the threshold
+    assert found == pytest.approx(int(((mass > 0) & chosen).sum()), abs=3)
+    assert of_mass == pytest.approx(float(mass.sum()), rel=1e-3)
+    assert of_kept == pytest.approx(float((mass * chosen).sum()), rel=1e-3)
+
+
+def gate_of(path, config) -> np.ndarray:
+    """The last layer's gate, float32 [ffn, hidden]."""
+    with GGUFFile.open(path) as file:
+        tensor = file.tensors[f"blk.{config.n_layers - 1}.ffn_gate.weight"]
+        return np.frombuffer(tensor.data, np.float32).reshape(tensor.shape).copy()
 
 
 def test_experts_of_a_layer_are_moved_together(predicting):

@@ -275,6 +275,44 @@ def test_draws_follow_the_distribution_and_depend_on_seed_and_position_alone():
     assert cold[0] > 0.85
 
 
+def sorted_draw(logits: np.ndarray, number: float, temperature: float, top_k: int, top_p: float, min_p: float) -> int:
+    """The slow reference: sort everything, cut, and see where the number falls."""
+    scaled = np.nan_to_num(logits, nan=-np.inf, neginf=-np.inf) / np.float32(temperature)
+    order = np.lexsort((np.arange(len(logits)), -scaled))[: top_k or None]
+    weight = np.exp(scaled[order].astype(np.float64) - float(scaled[order[0]]))
+    before = np.cumsum(weight) - weight
+    kept = (before < np.float32(top_p) * weight.sum()) & (weight >= np.float32(min_p)) & (weight > 0)
+    kept[0] = True
+    kept = np.logical_and.accumulate(kept)
+    ends = np.cumsum(weight[kept])
+    return int(order[min(np.searchsorted(ends, number * ends[-1], "right"), len(ends) - 1)])
+
+
+def uniform(seed: int, position: int) -> float:
+    """SplitMix64 as csrc/sampler.cpp has it."""
+    whole = (1 << 64) - 1
+
+    def mix(z: int) -> int:
+        z = (z + 0x9E3779B97F4A7C15) & whole
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & whole
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & whole
+        return z ^ (z >> 31)
+
+    return (mix(mix(seed) ^ mix(~position & whole)) >> 11) * 2.0**-53
+
+
+@pytest.mark.parametrize("filters", [(0, 1.0, 0.0), (50, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.05), (200, 0.7, 0.01)])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])
+def test_a_draw_that_sorts_no_further_than_it_must_is_that_of_all_sorted(filters, spread):
+    rng = np.random.default_rng(1)
+    logits = (spread * rng.standard_normal(3000)).astype(np.float32)
+    logits[rng.integers(3000, size=40)] = logits[7]  # equals
+    logits[rng.integers(3000, size=40)] = [np.nan, -np.inf] * 20
+    for position in range(100):
+        expected = sorted_draw(logits, uniform(11, position), 0.8, *filters)
+        assert _native.sample(logits, [], position, 0.8, *filters, 1.0, 11) == expected
+
+
 def test_the_repetition_penalty_lowers_what_was_said():
     logits = np.array([2.0, 1.9, -1.0], np.float32)
     assert _native.sample(logits, [0, 0], 0, 0.0, 0, 1.0, 0.0, 1.5, 0) == 1

@@ -179,6 +179,11 @@ BROKEN = {
     "no rank at all": ({"ranks": [0, 0]}, "impossible sizes"),
     "threshold": ({"thresholds": [0.5, float("nan")]}, "predictor.threshold is not a list of 2 numbers"),
     "whole thresholds": ({"thresholds": [1, 2]}, "predictor.threshold is not a list of 2 numbers"),
+    "promises": ({"recall": [0.9]}, "predictor.recall is not a list of 2 numbers"),
+    "no number promised": ({"recall": [0.9, float("nan")]}, "predictor.recall is not a list of 2 numbers"),
+    "everything promised": ({"recall": [0.9, 1.0]}, "predictor.recall is from 0.9 to 1, which is not between 0 and 1"),
+    "less than nothing promised": ({"recall": [-0.5, 0.9]}, "not between 0 and 1"),
+    "nothing promised at length": ({"recall": [0.0, 0.0]}, "not between 0 and 1"),
     "input": ({"input": "guess"}, "'guess' is not one of normed, residual"),
 }
 
@@ -189,7 +194,7 @@ def test_damaged_keys_are_said_in_one_sentence(case, predicting, tmp_path):
 
     path, _ = predicting("llama", "f32")
     changes, message = BROKEN[case]
-    keys = {"ranks": "rank", "thresholds": "threshold", "input": "input"}
+    keys = {"ranks": "rank", "thresholds": "threshold", "recall": "recall", "input": "input"}
     with GGUFFile.open(path) as file:
         for name, value in changes.items():
             file.metadata[f"turbosparse.predictor.{keys[name]}"] = value

@@ -10,6 +10,7 @@ import pytest
 import torch
 from agreement import logits_error
 from gguf import GGMLQuantizationType as Type
+from safetensors.numpy import load_file, save_file
 
 from turbosparse.documents import read_documents
 from turbosparse.engine import Engine
@@ -80,6 +81,16 @@ def test_a_fitted_predictor_finds_what_fires_on_tokens_it_has_not_seen():
     assert found.mass_kept == pytest.approx(0.98, abs=0.01)
     blind = 0.98 / found.active  # what has to be selected at random for the same
     assert found.selected < 0.6 * blind
+
+
+def test_a_dimension_that_a_norm_silences_does_not_cost_its_neighbours():
+    """They share a block of Q4_0 with it, whose scale would be that of its useless weights."""
+    tokens = tokens_of_two_directions(3000)
+    silenced = tokens.x.copy()
+    silenced[:, 5] = 1e-4 * np.random.default_rng(2).standard_normal(3000)
+    fc1, _ = fit(Tokens(silenced, tokens.mass), torch.full((64,), 1e-6), 32, Type.Q4_0, 100, 0, CPU)
+    largest = fc1.abs().max(0).values
+    assert largest[5] < largest.median()
 
 
 @pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q8_0, Type.F16])
@@ -249,6 +260,9 @@ def test_an_interrupted_run_goes_on_at_the_layer_and_ends_the_same(tiny_gguf, te
 def test_thresholds_alone_are_set_anew(tiny_gguf, text, tmp_path):
     source, first, second = tiny_gguf("llama", "drelu", "q8_0"), tmp_path / "a.gguf", tmp_path / "b.gguf"
     few = train_predictors(source, text, first, Wish(rank=32, epochs=2, recall=0.7))
+    with GGUFFile.open(first) as file:
+        promised = ModelConfig.from_gguf(file).predictor.recall
+    assert promised == pytest.approx([layer.mass_kept for layer in few.layers])  # each layer its own
     more = train_predictors(first, text, second, Wish(keep=True, recall=0.99))
     assert few.mean("mass_kept") == pytest.approx(0.7, abs=0.1) and more.mean("mass_kept") > 0.95
     with GGUFFile.open(first) as before, GGUFFile.open(second) as after:
@@ -292,6 +306,17 @@ def test_predictors_of_a_folder_that_are_not_its_own_are_named(tiny_folder, tiny
         save_folder(folder, layers)
         with pytest.raises(UserError, match="another model"):
             attach(folder, path)
+    kept = StoredPredictor.of(fitting.matrices()[0], fitting.matrices()[1], (Type.F32, Type.F32), 0.5, 0.75)
+    save_folder(folder, [kept])
+    assert [(layer.threshold, layer.kept) for layer in load_folder(folder, Type.F32)] == [(0.5, 0.75)]
+    early = load_file(folder / FILE)
+    early.pop("predictor.recall")  # which early folders do not have
+    save_file(early, folder / FILE)
+    assert [(layer.threshold, layer.kept) for layer in load_folder(folder, Type.F32)] == [(0.5, 0.0)]
+    for recall in ([1.5], [-0.5], [float("nan")], [0.5, 0.5]):
+        save_file(early | {"predictor.recall": np.array(recall, np.float32)}, folder / FILE)
+        with pytest.raises(UserError, match="keep are none"):
+            load_folder(folder, Type.F32)
     for content in (b"", b"no safetensors at all"):
         (folder / FILE).write_bytes(content)
         with pytest.raises(UserError, match=FILE):

@@ -35,7 +35,7 @@ def lines(record: dict[str, Any]) -> list[str]:
     """The same in words: what there is to say at the end of a run, the moves of thresholds first."""
     said = []
     if record["audit"] is not None:
-        said += [move_line(move, record["audit"]["promised"]) for move in record["audit"]["moves"]]
+        said += [move_line(move, record["audit"]["promised"][move["layer"]]) for move in record["audit"]["moves"]]
         said.append(audit_line(record["audit"]))
     if record["lossless"] is not None:
         said.append(drafting_line(record["lossless"]))

@@ -42,6 +42,15 @@ def command(
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the model's predictors, set their thresholds anew.")
     ] = False,
+    together: Annotated[
+        bool, typer.Option("--together", help="Hold the model in memory and fit all layers at once; for GPUs.")
+    ] = False,
+    end_to_end: Annotated[
+        int,
+        typer.Option(
+            "--end-to-end", min=0, metavar="STEPS", help="Then train all on the model's own output (as --together)."
+        ),
+    ] = 0,
     replace: Annotated[bool, typer.Option("--replace", help="Drop the predictors that the model has.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -50,7 +59,7 @@ def command(
         from turbosparse.predict import Wish, train_predictors
 
     out = out or Path(f"{Path(model).name.removesuffix('.gguf')}-predictors.gguf")
-    wish = Wish(share, rank, recall, tokens, epochs, device.value, keep)
+    wish = Wish(share, rank, recall, tokens, epochs, device.value, keep, together, end_to_end)
     with output.progress("training predictors") as report:
         result = train_predictors(model, data, out, wish, replace, report)
     if json:

@@ -70,7 +70,8 @@ class AuditReport:
 
     Attributes:
         share: of the tokens that are audited, 0..1.
-        promised: share of |h| that the file promises to keep; None where it promises nothing.
+        promised: share of |h| that the file promises to keep in each layer, 0 where it promises nothing for one; None
+            where it promises nothing at all.
         verdicts: (position, recall, kept, kl) of every audited token: the share of its firing neurons that are
             selected, that of the sum of |h| that these hold, and KL(exact || predicted) of the next token's
             probabilities in nats, with the same keys and values before it.
@@ -79,7 +80,7 @@ class AuditReport:
     """
 
     share: float
-    promised: float | None
+    promised: tuple[float, ...] | None
     verdicts: tuple[tuple[int, float, float, float], ...]
     sums: tuple[tuple[int, int, float, float], ...]
     moves: tuple[Move, ...]
@@ -113,7 +114,7 @@ class AuditReport:
     def to_json(self) -> dict[str, Any]:
         return {
             "share": self.share,
-            "promised": self.promised,
+            "promised": None if self.promised is None else list(self.promised),
             "tokens": len(self.verdicts),
             **{name: vars(getattr(self, name)) for name in ("recall", "kept", "kl")},
             **{name: [vars(each) for each in getattr(self, name)] for name in ("layers", "moves")},

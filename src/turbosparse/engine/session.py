@@ -172,18 +172,20 @@ class Session:
         """
         if not 0 <= share <= 1:
             raise UserError(f"--audit {share:g}: give a share of the tokens from 0 to 1; 0 audits none.")
-        predictor = self._engine.config.predictor
-        promised = predictor.recall if predictor is not None else None
         self._audited = share
-        self._native.begin_audit(share, seed, promised or 0.0)
+        self._native.begin_audit(share, seed, self._promised or [0.0] * self._engine.config.n_layers)
 
     @property
     def audit_report(self) -> AuditReport:
         """What the audit found so far."""
-        predictor = self._engine.config.predictor
         verdicts, sums, moves = self._native.audit
-        promised = predictor.recall if predictor is not None else None
-        return AuditReport(self._audited, promised, tuple(verdicts), tuple(sums), tuple(Move(*each) for each in moves))
+        moved = tuple(Move(*each) for each in moves)
+        return AuditReport(self._audited, self._promised, tuple(verdicts), tuple(sums), moved)
+
+    @property
+    def _promised(self) -> tuple[float, ...] | None:
+        predictor = self._engine.config.predictor
+        return predictor.recall if predictor is not None else None
 
     def follow(self, tokens: Sequence[int], agrees: Sequence[bool]) -> None:
         """For benchmarks: `decode_ahead` draws this text, whatever the logits say; both [tokens], by position.

@@ -18,13 +18,14 @@ class Predictor:
         ranks: rows of fc1 in each layer; 0 where a layer has no predictor.
         thresholds: of the scores in each layer, and with experts in each expert of it.
         normed: x is the input of the FFN; else the residual stream before the FFN's norm, as in PowerInfer.
-        recall: share of the sum of |h| that the thresholds were set to keep in every layer, if the file says so.
+        recall: share of the sum of |h| that the thresholds keep in each layer, below 1 and 0 for a layer of which
+            nothing is said; None where the file says nothing.
     """
 
     ranks: tuple[int, ...]
     thresholds: tuple[float, ...]
     normed: bool
-    recall: float | None = None
+    recall: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

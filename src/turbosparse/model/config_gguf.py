@@ -143,10 +143,21 @@ def _predictor(fields: Fields, n_layers: int, ffns: int) -> Predictor | None:
     source = fields.text("predictor.input")
     if source not in PREDICTOR_INPUTS:
         fields.fail(f"the predictor's input {source[:60]!r} is not one of {', '.join(PREDICTOR_INPUTS)}")
-    recall = fields.number("predictor.recall", (0.0, 1.0)) if fields.has("predictor.recall") else None
-    if recall is not None and not 0.0 < recall < 1.0:
-        fields.fail(f"predictor.recall is {recall:g}, which is not between 0 and 1")
-    return Predictor(ranks, thresholds, normed=source == "normed", recall=recall)
+    return Predictor(ranks, thresholds, normed=source == "normed", recall=_promised(fields, n_layers))
+
+
+def _promised(fields: Fields, n_layers: int) -> tuple[float, ...] | None:
+    """The share of |h| that the predictor of each layer keeps; early files state one for all."""
+    key = "predictor.recall"
+    if not fields.has(key):
+        return None
+    if isinstance(fields.get(key), list):
+        recall = numbers(fields, key, float, n_layers)
+    else:
+        recall = [fields.number(key, (0.0, 1.0))] * n_layers
+    if not 0.0 <= min(recall) <= max(recall) < 1.0 or max(recall) == 0.0:
+        fields.fail(f"{key} is from {min(recall):g} to {max(recall):g}, which is not between 0 and 1")
+    return tuple(recall)
 
 
 def _rope_scale(fields: Fields) -> float:

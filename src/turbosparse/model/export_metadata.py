@@ -152,7 +152,7 @@ def write_predictor(writer: GGUFWriter, predictor: Predictor, architecture: str)
     writer.add_key_value(f"{architecture}.predictor.rank", ranks, GGUFValueType.ARRAY, GGUFValueType.UINT32)
     _write_floats(writer, f"{architecture}.predictor.threshold", predictor.thresholds)
     if predictor.recall is not None:
-        writer.add_float32(f"{architecture}.predictor.recall", predictor.recall)
+        _write_floats(writer, f"{architecture}.predictor.recall", predictor.recall)
 
 
 def _write_floats(writer: GGUFWriter, key: str, values: Sequence[float]) -> None:

@@ -29,8 +29,8 @@ def embed(file: GGUFFile, config: ModelConfig, tokens: list[int]) -> Tensor:
 
 def logits(file: GGUFFile, config: ModelConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
     """A function from the residual stream after the last layer, [..., hidden], to logits, [..., vocabulary]."""
-    norm = _tensor(file, OUTPUT_NORM, device)
-    head = _tensor(file, OUTPUT if OUTPUT in file.tensors else EMBEDDING, device)
+    norm = tensor_of(file, OUTPUT_NORM, device)
+    head = tensor_of(file, OUTPUT if OUTPUT in file.tensors else EMBEDDING, device)
 
     def of(stream: Tensor) -> Tensor:
         found = functional.rms_norm(stream, norm.shape, norm, config.norm_eps) @ head.T
@@ -62,17 +62,17 @@ class Decoder:
         self._config, self._layer, self._device = config, layer, device
         prefix = f"blk.{layer}."
         self._weights = {
-            name.removeprefix(prefix).removesuffix(".weight"): _tensor(file, name, device)
+            name.removeprefix(prefix).removesuffix(".weight"): tensor_of(file, name, device)
             for name in file.tensors
             if name.startswith(prefix) and name.endswith(".weight") and ".fc" not in name
         }
         self._biases = {
-            name: _tensor(file, f"{prefix}attn_{name}.bias", device)
+            name: tensor_of(file, f"{prefix}attn_{name}.bias", device)
             for name in ("q", "k", "v")
             if config.attention_bias
         }
         self._sliding = config.sliding_window is not None and config.sliding_layers[layer]
-        factors = _tensor(file, ROPE_FACTORS, device) if ROPE_FACTORS in file.tensors else None
+        factors = tensor_of(file, ROPE_FACTORS, device) if ROPE_FACTORS in file.tensors else None
         self._frequencies = self._rope(factors)
 
     def __call__(
@@ -112,12 +112,15 @@ class Decoder:
         q, k = self._rotate(q), self._rotate(k)
         shared = c.n_heads // c.n_kv_heads
         k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-        length = x.shape[1]
-        far = torch.arange(length, device=self._device)
+        window = c.sliding_window if self._sliding else None
+        if c.attention_softcap is None and window is None:
+            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=c.attention_scale)
+            return y.transpose(1, 2).flatten(2) @ self._weights["attn_output"].T
+        far = torch.arange(x.shape[1], device=self._device)
         behind = far[:, None] - far
         seen = behind >= 0
-        if self._sliding and c.sliding_window is not None:
-            seen &= behind < c.sliding_window
+        if window is not None:
+            seen &= behind < window
         if c.attention_softcap is None:
             y = functional.scaled_dot_product_attention(q, k, v, seen, scale=c.attention_scale)
         else:
@@ -155,6 +158,6 @@ class Decoder:
         return torch.stack(turned, -1).flatten(-2) if self._config.rope_interleaved else torch.cat(turned, -1)
 
 
-def _tensor(file: GGUFFile, name: str, device: torch.device) -> Tensor:
+def tensor_of(file: GGUFFile, name: str, device: torch.device) -> Tensor:
     tensor = file.tensors[name]
     return torch.from_numpy(dequantize(tensor.data, tensor.type, tensor.shape)).to(device)

@@ -29,30 +29,39 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 BATCH = 512
-_RATE = 1e-2
-_COST = 0.1
-_LARGEST = 1000.0  # of m: a few are hundreds of times the mean, and would be all that a batch learns from
+RATE = 1e-2
+COST = 0.1
+LARGEST = 1000.0  # of m: a few are hundreds of times the mean, and would be all that a batch learns from
 MOST_NATS = 1.0  # a neuron can cost: beyond, the sensitivities say nothing
-_FLOOR = 1e-3  # of the mean eigenvalue: directions that hardly vary are noise
+_QUIET = 1e-2  # of the median eigenvalue: directions that vary less are left out
 _BIAS = 8.0  # the constant unit is this large, so that its column of fc2 is not much larger than the others
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of one layer: x, float16 [tokens, hidden], its input, and mass, float16 [tokens, ffn], its |h|."""
+    """Tokens of one layer: x, float16 [tokens, hidden], its input, and mass, float16 [tokens, ffn], its |h|.
 
-    x: npt.NDArray[np.float16]
-    mass: npt.NDArray[np.float16]
+    They lie in files, or on the device that computes with them.
+    """
+
+    x: npt.NDArray[np.float16] | Tensor
+    mass: npt.NDArray[np.float16] | Tensor
 
     def batch(self, chosen: npt.NDArray[np.int64] | slice, device: torch.device) -> tuple[Tensor, Tensor]:
         """Some of them in float32."""
-        x, mass = (torch.from_numpy(array[chosen]).to(device).float() for array in (self.x, self.mass))
+        x, mass = (torch.as_tensor(array[chosen]).to(device).float() for array in (self.x, self.mass))
         return x, mass
 
 
 def nats(mass: Tensor, worth: Tensor) -> Tensor:
     """What leaving neurons out costs, each by itself; mass [..., ffn], worth [ffn]."""
     return (mass.square() * worth).clamp_max(MOST_NATS)
+
+
+def root_nats(mass: Tensor, worth: Tensor) -> Tensor:
+    """What |h| is multiplied by to be m, [ffn]; mass [tokens, ffn], worth [ffn]."""
+    effect = worth.sqrt()
+    return effect / (mass * effect).mean().clamp_min(1e-12)
 
 
 def fit(
@@ -79,23 +88,21 @@ def fit(
     rng = np.random.default_rng(seed)
     count = len(tokens.x)
     sample = tokens.batch(np.sort(rng.permutation(count)[: 16 * 1024]), device)
-    effect = worth.to(device).sqrt()
-    effect = worth.to(device).sqrt()
-    scale = effect / (sample[1] * effect).mean().clamp_min(1e-12)
+    scale = root_nats(sample[1], worth.to(device))
     white = whitening(sample[0])
-    rows, columns = _start(sample[0], sample[1] * scale, white, rank)
+    rows, columns = start(sample[0], sample[1] * scale, white, rank)
     parameters = [rows.requires_grad_(), columns.requires_grad_()]
-    optimizer = torch.optim.Adam(parameters, lr=_RATE, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, steps, pct_start=0.1)
+    optimizer = torch.optim.Adam(parameters, lr=RATE, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
     for step in range(steps):
         x, mass = tokens.batch(rng.integers(count, size=min(BATCH, count)), device)
-        mass = (mass * scale).clamp_max(_LARGEST)
+        mass = (mass * scale).clamp_max(LARGEST)
         fc1, fc2 = rows @ white.T, columns
         if 2 * step >= steps:
             fc1, fc2 = rounded(fc1, kind), rounded(fc2, kind)
         score = torch.relu(x @ fc1.T) @ fc2.T
         # The gradient of the loss above; the loss itself is never needed.
-        gradient = (mass + _COST) * torch.sigmoid(score.detach()) - mass
+        gradient = (mass + COST) * torch.sigmoid(score.detach()) - mass
         optimizer.zero_grad()
         score.backward(gradient / len(x))
         optimizer.step()
@@ -106,7 +113,7 @@ def fit(
         return rows @ white.T, columns.detach()
 
 
-def _start(x: Tensor, mass: Tensor, white: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def start(x: Tensor, mass: Tensor, white: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """fc1 in whitened coordinates, [rank, hidden], and fc2, [ffn, rank], before training."""
     z = x @ white
     directions = telling(z, mass > 0)
@@ -114,16 +121,21 @@ def _start(x: Tensor, mass: Tensor, white: Tensor, rank: int) -> tuple[Tensor, T
     rows = (torch.randn(rank, wide.shape[1], device=x.device) / wide.shape[1] ** 0.5) @ wide.T
     rows[0] = _BIAS * z.mean(0) / z.mean(0).square().sum().clamp_min(1e-6)
     columns = torch.zeros(mass.shape[1], rank, device=x.device)
-    columns[:, 0] = (mass.mean(0) / _COST).clamp(1e-4).log() / _BIAS
+    columns[:, 0] = (mass.mean(0) / COST).clamp(1e-4).log() / _BIAS
     return rows, columns
 
 
 def whitening(x: Tensor) -> Tensor:
-    """W with E[(x W)^T (x W)] about one, float32 [hidden, hidden]; x are inputs [tokens, hidden], not centred."""
+    """W with E[(x W)^T (x W)] about one, float32 [hidden, hidden]; x are inputs [tokens, hidden], not centred.
+
+    Directions that hardly vary are made smaller, not larger. Norms silence a dimension of the stream that is always
+    large; enlarged to what others are, it would have the largest weights of fc1 without a use, and the others that
+    share a block with it, and the block's scale, would be stored as zeros.
+    """
     moments = (x.T @ x / len(x)).double()
     values, vectors = torch.linalg.eigh(moments)
-    values = values.clamp_min(float(values.mean()) * _FLOOR)
-    return (vectors * values.rsqrt()).float()
+    values = values.clamp_min(0.0)
+    return (vectors * (values.sqrt() / (values + _QUIET * values.median()))).float()
 
 
 def telling(z: Tensor, fires: Tensor) -> Tensor:

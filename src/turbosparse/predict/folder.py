@@ -21,12 +21,14 @@ from turbosparse.predict.write import StoredPredictor, write_predictors
 
 FILE = "predictors.safetensors"
 _THRESHOLDS = "predictor.threshold"
+_KEPT = "predictor.recall"
 
 
 def save_folder(folder: Path, predictors: Sequence[StoredPredictor]) -> None:
-    """Write `FILE`: matrices in F16 under Hugging Face's names, and the thresholds of all layers in F32."""
+    """Write `FILE`: matrices in F16 under Hugging Face's names, thresholds and promises of all layers in F32."""
     tensors: dict[str, npt.NDArray[Any]] = {
-        _THRESHOLDS: np.array([layer.threshold for layer in predictors], np.float32)
+        _THRESHOLDS: np.array([layer.threshold for layer in predictors], np.float32),
+        _KEPT: np.array([layer.kept for layer in predictors], np.float32),
     }
     for index, layer in enumerate(predictors):
         for name, matrix in zip(_names(index), layer.matrices(), strict=True):
@@ -45,13 +47,16 @@ def load_folder(folder: Path, kind: Type) -> list[StoredPredictor]:
     try:
         tensors = load_file(path)
         thresholds = tensors.pop(_THRESHOLDS).astype(np.float32)
+        kept = tensors.pop(_KEPT, np.zeros_like(thresholds)).astype(np.float32)
+        if kept.shape != thresholds.shape or not ((kept >= 0) & (kept <= 1)).all():
+            raise ValueError("the shares that its layers keep are none")
         predictors = []
         for index, threshold in enumerate(thresholds):
             fc1, fc2 = (tensors.pop(name).astype(np.float32) for name in _names(index))
             if fc1.ndim != 2 or fc2.ndim != 2 or len(fc1) != fc2.shape[1]:
                 raise ValueError(f"the matrices of layer {index} do not fit")
             kinds = writable_type(kind, fc1.shape[1]), writable_type(kind, fc2.shape[1])
-            predictors.append(StoredPredictor.of(fc1, fc2, kinds, float(threshold)))
+            predictors.append(StoredPredictor.of(fc1, fc2, kinds, float(threshold), float(kept[index])))
         if tensors:
             raise ValueError(f"it has a tensor {min(tensors)[:80]!r}")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

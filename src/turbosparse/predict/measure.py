@@ -13,7 +13,8 @@ from torch import Tensor
 
 from turbosparse.predict.fit import Tokens, nats
 
-_ROWS = 256  # tokens at once
+_ROWS = 256  # tokens at once, in the core's cache
+_ROWS_ON_DEVICE = 8192  # tokens at once, elsewhere
 _SOME = 8  # of so many tokens, one says where scores lie
 _BINS = 1 << 12
 
@@ -94,29 +95,28 @@ def edges(tokens: Tokens, fc1: Tensor, fc2: Tensor) -> npt.NDArray[np.float32]:
     for score, _ in _scores(tokens, fc1, fc2):
         lowest = min(lowest, float(score.min()))
         some.append(score[::_SOME].reshape(-1))
-    tried = np.quantile(np.concatenate(some), np.linspace(0, 1, _BINS), method="lower")
-    return np.unique(np.append(tried, lowest).astype(np.float32))
+    ordered = torch.cat(some).sort().values
+    at = (torch.linspace(0, 1, _BINS, dtype=torch.float64) * (len(ordered) - 1)).long()
+    return np.unique(np.append(ordered[at.to(ordered.device)].cpu().numpy(), lowest).astype(np.float32))
 
 
 def curve(tokens: Tokens, fc1: Tensor, fc2: Tensor, worth: Tensor, tried: npt.NDArray[np.float32]) -> Curve:
     """The curve of a predictor over the thresholds `tried`; `worth` [ffn] is what its neurons cost (fit.nats)."""
-    below, sums = np.zeros(4), np.zeros((4, len(tried)))
+    borders = torch.from_numpy(tried).to(fc1.device)
+    counted = torch.zeros(4, len(tried) + 1, dtype=torch.float64, device=fc1.device)
     for score, mass in _scores(tokens, fc1, fc2):
-        bins = np.searchsorted(tried, score.reshape(-1), "right")  # 0: below them all
-        cost = nats(torch.from_numpy(mass), worth.cpu()).numpy()
-        for kind, weights in enumerate((np.ones_like(mass), mass > 0, mass, cost)):
-            counted = np.bincount(bins, weights.reshape(-1), len(tried) + 1)
-            below[kind] += counted[0]
-            sums[kind] += counted[1:]
-    sums = sums[:, ::-1].cumsum(1)[:, ::-1] / len(tokens.x)
-    return Curve(tried, sums, sums[:, 0] + below / len(tokens.x))
+        bins = torch.bucketize(score.reshape(-1), borders, right=True)  # 0: below them all
+        for kind, weights in enumerate((torch.ones_like(mass), mass > 0, mass, nats(mass, worth.to(mass.device)))):
+            counted[kind] += torch.bincount(bins, weights.reshape(-1).double(), len(tried) + 1)
+    per_token = counted.cpu().numpy() / len(tokens.x)
+    sums = per_token[:, :0:-1].cumsum(1)[:, ::-1]
+    return Curve(tried, sums, sums[:, 0] + per_token[:, 0])
 
 
-def _scores(
-    tokens: Tokens, fc1: Tensor, fc2: Tensor
-) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
+def _scores(tokens: Tokens, fc1: Tensor, fc2: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(scores, mass), float32 [some tokens, ffn], of all tokens."""
+    rows = _ROWS if fc1.device.type == "cpu" else _ROWS_ON_DEVICE
     with torch.inference_mode():
-        for start in range(0, len(tokens.x), _ROWS):
-            x, mass = tokens.batch(slice(start, start + _ROWS), fc1.device)
-            yield (torch.relu(x @ fc1.T) @ fc2.T).cpu().numpy(), mass.cpu().numpy()
+        for start in range(0, len(tokens.x), rows):
+            x, mass = tokens.batch(slice(start, start + rows), fc1.device)
+            yield torch.relu(x @ fc1.T) @ fc2.T, mass

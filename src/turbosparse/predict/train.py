@@ -18,6 +18,7 @@ from turbosparse.model.gguf import GGUFFile
 from turbosparse.model.resolve import resolve_gguf
 from turbosparse.model.tokenizer import Tokenizer
 from turbosparse.predict.folder import save_folder
+from turbosparse.predict.joint import Joint
 from turbosparse.predict.measure import LayerQuality
 from turbosparse.predict.wish import Wish
 from turbosparse.predict.work import Progress, Work
@@ -59,7 +60,7 @@ def train_predictors(
             and gets the predictors as a file of its own, for later exports.
         data: text; what the predictors learn from and, every eighth window of it, are measured on.
         out: the GGUF file to write. Beside it lies `OUT.partial/` until it is whole, from which an interrupted run of
-            the same wish goes on.
+            the same wish goes on, but for one that is held in memory.
         wish: size and quality.
         replace: the model may have predictors, which are dropped.
         progress: called with (done, total).
@@ -77,7 +78,12 @@ def train_predictors(
         config = ModelConfig.from_gguf(file)
         _check_model(source, config, wish, replace)
         pieces = _windows(file, config, data, wish.tokens)
-        layers = Work(file, config, pieces, wish, folder, progress or (lambda done, total: None)).run()
+        report = progress or (lambda done, total: None)
+        in_memory = wish.together or wish.end_to_end > 0
+        work = (
+            Joint(file, config, pieces, wish, report) if in_memory else Work(file, config, pieces, wish, folder, report)
+        )
+        layers = work.run()
         write_predictors(file, out, [stored for stored, _ in layers])
     if Path(model).is_dir():
         save_folder(Path(model), [stored for stored, _ in layers])

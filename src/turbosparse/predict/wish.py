@@ -21,6 +21,8 @@ class Wish:
         device: "cpu", "cuda", or "auto" for CUDA where there is some.
         keep: the model's predictors stay as they are but for the neurons that are always selected (sinks.py), and
             their thresholds are set anew.
+        together: hold the model in memory and fit all layers at once (together.py); for GPUs.
+        end_to_end: steps of training all predictors on the model's own output afterwards (end_to_end.py).
     """
 
     share: float = 0.10
@@ -30,11 +32,15 @@ class Wish:
     epochs: float = 15.0
     device: str = "auto"
     keep: bool = False
+    together: bool = False
+    end_to_end: int = 0
 
     def __post_init__(self) -> None:
         if self.rank is not None and (self.rank < BLOCK or self.rank % BLOCK):
             raise UserError(f"--rank {self.rank}: it must be a multiple of {BLOCK}, as weights are stored in blocks.")
         if not 0.0 < self.share <= 1.0:
             raise UserError(f"--share {self.share:g}: it must be over 0 and at most 1.")
+        if self.keep and (self.together or self.end_to_end):
+            raise UserError("--keep trains nothing; leave it out, or leave --together and --end-to-end out.")
         if not 0.0 < self.recall <= 1.0:
             raise UserError(f"--recall {self.recall:g}: it must be over 0 and at most 1.")

@@ -16,19 +16,19 @@ from torch import Tensor
 
 from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig
-from turbosparse.model.gguf import GGUFFile, row_bytes
-from turbosparse.model.quantize import WRITABLE, writable_type
+from turbosparse.model.gguf import GGUFFile
+from turbosparse.predict.budget import affordable, ffn_bytes, kinds_of
 from turbosparse.predict.calibrate import price_for
 from turbosparse.predict.collect import Collector, quick_curves
 from turbosparse.predict.fit import BATCH, Tokens, fit
 from turbosparse.predict.measure import Curve, LayerQuality, curve, edges
-from turbosparse.predict.ranks import BLOCK, cost, share_out, tried
+from turbosparse.predict.ranks import cost, share_out, tried
 from turbosparse.predict.sensitivity import sensitivities
 from turbosparse.predict.sinks import always_selecting, sinks
 from turbosparse.predict.wish import Wish
 from turbosparse.predict.write import StoredPredictor
 
-_HELD_OUT = 8  # of so many windows, one sets the threshold or, every other time, is measured on
+HELD_OUT = 8  # of so many windows, one sets the threshold or, every other time, is measured on
 _FEW_WINDOWS = 16  # for sensitivities and ranks
 _FEW_TOKENS = 2048  # that tell how high scores are
 _FEWEST_STEPS = 100
@@ -77,15 +77,16 @@ class Work:
         progress: Progress,
     ) -> None:
         self._file, self._config, self._wish, self._folder, self._progress = file, config, wish, folder, progress
-        self._device = _device(wish.device)
+        self._device = device_of(wish.device)
         self._collector = Collector(file, config, pieces, folder, self._device)
-        held_out = 1 if wish.keep else _HELD_OUT
+        held_out = 1 if wish.keep else HELD_OUT
         which = np.arange(len(pieces)) % (2 * held_out)
         self._tuned, self._measured = (
             np.repeat(which == place, len(pieces[0])) for place in (held_out - 1, 2 * held_out - 1)
         )
         self._kinds = self._types()
-        self._blocks = self._affordable()
+        fixed = wish.rank is not None or wish.keep
+        self._blocks = 0 if fixed else affordable(file, config, self._kinds, wish.share)
         # Evenly from all of the text but what is measured on.
         known = [piece for piece, place in zip(pieces, which, strict=True) if place != 2 * held_out - 1]
         self._few = known[:: max(1, len(known) // _FEW_WINDOWS)][:_FEW_WINDOWS]
@@ -97,9 +98,7 @@ class Work:
         if self._wish.keep:
             first, second = (self._file.tensors[f"blk.0.{name}.weight"].type for name in ("fc1", "fc2"))
             return first, second
-        gate = self._file.tensors["blk.0.ffn_gate.weight"].type
-        kind = gate if gate in WRITABLE else Type.Q8_0
-        return writable_type(kind, self._config.hidden_size), kind
+        return kinds_of(self._file, self._config)
 
     def run(self) -> list[tuple[StoredPredictor, LayerQuality]]:
         """Every layer's predictor, and what it does on held-out tokens."""
@@ -108,9 +107,10 @@ class Work:
         done = []
         for index, layer in enumerate(fitted):
             chosen = layer.tuned.best(price)
-            stored = dataclasses.replace(layer.stored, threshold=float(layer.tuned.score[chosen]))
-            share = stored.nbytes / self._ffn_bytes(index)
-            done.append((stored, layer.measured.quality(chosen, index, stored.rank, share)))
+            share = layer.stored.nbytes / ffn_bytes(self._file, index)
+            quality = layer.measured.quality(chosen, index, layer.stored.rank, share)
+            threshold = float(layer.tuned.score[chosen])
+            done.append((dataclasses.replace(layer.stored, threshold=threshold, kept=quality.mass_kept), quality))
         return done
 
     def _layer(self, layer: int) -> Fitted:
@@ -191,28 +191,11 @@ class Work:
         rank = self._ranks[layer]
         return (rank, self._config.hidden_size), (self._config.ffn_size, rank)
 
-    def _affordable(self) -> int:
-        """How many blocks of rows fc1 may have in all layers together."""
-        layers = self._config.n_layers
-        whole = sum(map(self._ffn_bytes, range(layers)))
-        first, second = self._kinds
-        block = BLOCK * row_bytes(first, self._config.hidden_size)
-        block += self._config.ffn_size * row_bytes(second, BLOCK)
-        blocks = int(self._wish.share * whole / block)
-        if blocks < layers and self._wish.rank is None and not self._wish.keep:
-            needed = layers * block / whole
-            raise UserError(f"--share {self._wish.share:g}: the narrowest predictors take {needed:.3f}; give more.")
-        return blocks
-
-    def _ffn_bytes(self, layer: int) -> int:
-        names = ("ffn_gate", "ffn_up", "ffn_down_t")
-        return sum(self._file.tensors[f"blk.{layer}.{name}.weight"].data.nbytes for name in names)
-
     def _report(self, layer: int, part: float) -> None:
         self._progress(round((layer + 2 + part) * 100), (self._config.n_layers + 2) * 100)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():

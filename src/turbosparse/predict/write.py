@@ -23,6 +23,7 @@ from turbosparse.model.quantize import dequantize, quantize
 Floats = npt.NDArray[np.float32]
 _KEYS = "turbosparse.predictor."
 _WRITTEN = ("general.architecture", "general.alignment")  # by the writer, which aligns to 32 bytes
+_MOST = 0.9999  # that is promised: nobody keeps everything for ever
 _MATRICES = (".fc1.weight", ".fc2.weight")
 
 
@@ -35,6 +36,7 @@ class StoredPredictor:
         kinds: their types.
         shapes: (rank, hidden) and (ffn, rank).
         threshold: a neuron is selected where its score reaches it.
+        kept: share of |h| that this keeps on held-out text; 0 where it was not measured.
     """
 
     fc1: npt.NDArray[np.uint8]
@@ -42,12 +44,16 @@ class StoredPredictor:
     kinds: tuple[Type, Type]
     shapes: tuple[tuple[int, int], tuple[int, int]]
     threshold: float
+    kept: float = 0.0
 
     @classmethod
-    def of(cls, fc1: Floats, fc2: Floats, kinds: tuple[Type, Type], threshold: float = 0.0) -> StoredPredictor:
+    def of(
+        cls, fc1: Floats, fc2: Floats, kinds: tuple[Type, Type], threshold: float = 0.0, kept: float = 0.0
+    ) -> StoredPredictor:
         """Matrices [rank, hidden] and [ffn, rank] in their types."""
         (rank, hidden), (ffn, _) = fc1.shape, fc2.shape
-        return cls(quantize(fc1, kinds[0]), quantize(fc2, kinds[1]), kinds, ((rank, hidden), (ffn, rank)), threshold)
+        shapes = (rank, hidden), (ffn, rank)
+        return cls(quantize(fc1, kinds[0]), quantize(fc2, kinds[1]), kinds, shapes, threshold, kept)
 
     def matrices(self) -> tuple[Floats, Floats]:
         """fc1 and fc2 as a reader gets them."""
@@ -76,14 +82,17 @@ def write_predictors(file: GGUFFile, out: Path, predictors: Sequence[StoredPredi
     for index, layer in enumerate(predictors):
         for name, rows, kind, shape in zip(_MATRICES, (layer.fc1, layer.fc2), layer.kinds, layer.shapes, strict=True):
             tensors.append(Copy(f"blk.{index}{name}", shape, kind, partial(_whole, rows)))
-    ranks, thresholds = (tuple(getattr(layer, name) for layer in predictors) for name in ("rank", "threshold"))
+    ranks, thresholds, kept = (
+        tuple(getattr(layer, name) for layer in predictors) for name in ("rank", "threshold", "kept")
+    )
+    promised = tuple(min(share, _MOST) for share in kept) if any(kept) else None
     with replacing(out) as unfinished:
         writer = GGUFWriter(unfinished, ARCHITECTURE)
         try:
             for key in file.metadata:
                 if not key.startswith(_KEYS) and key not in _WRITTEN:
                     copy_key(file, key, writer)
-            write_predictor(writer, Predictor(ranks, thresholds, normed=True), ARCHITECTURE)
+            write_predictor(writer, Predictor(ranks, thresholds, True, promised), ARCHITECTURE)
             write_copies(writer, tensors, None)
         finally:
             writer.close()
