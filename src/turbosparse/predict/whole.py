@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,10 +44,7 @@ class Whole:
         """
         stream = functional.embedding(tokens.to(self.device), self._table) * self.config.embedding_scale
         for index, layer in enumerate(self._layers):
-            if change is None:
-                stream, _ = layer(stream)
-            else:
-                stream, _ = layer(stream, lambda x, h, index=index: change(index, x, h))  # type: ignore[misc]
+            stream, _ = layer(stream, None if change is None else partial(change, index))
         return stream
 
     @torch.no_grad()
