@@ -1,7 +1,7 @@
 """Compare ways to make a model sparse: short runs at equal tokens and equal data, in one table.
 
     python benchmarks/recipe_search.py WORK OUT [--tokens 24000000] [--gpus 2] [--parallel 2] [--minutes 25]
-        [--only base,muon] [--arm 'NAME={"optimizer": "muon"}']
+        [--long-tokens 280000000] [--only base,muon] [--arm 'NAME={"optimizer": "muon"}']
 
 WORK holds smollm2-135m-dense (`turbosparse convert --activation keep`), the corpus (web/, code/, math/, validation/)
 and chat.jsonl; runs lie in WORK/arms, `--parallel` at a time on each GPU, so that one starts up while another trains.
@@ -28,8 +28,8 @@ import yaml
 
 _DOMAINS = {"web": 0.34, "code": 0.31, "math": 0.325}
 _WARM_TOKENS, _BATCH = 4_194_304, 65_536
-_LONG = 3  # times the tokens of an arm
-_LONG_EVAL = 366  # steps
+_LONG_EVAL = 600  # steps
+_LONG_SCHEDULE = "warmup_stable_decay"
 _PENALTY = {"start_rate": 0.16, "target_rate": 0.096, "ramp": 0.4, "weight": 4.0, "width": 0.02, "threshold": 0.4}
 _WARM = {
     "objective": "layerwise",
@@ -78,7 +78,7 @@ def _warm(sides: str | None = "best", **changes: Any) -> Run:
 def _arm(start: str = "warm", spent: int = _WARM_TOKENS, long: bool = False, **changes: Any) -> Run:
     teacher = "control-long" if long else "control"
     if long:
-        changes["eval_every"] = _LONG_EVAL
+        changes |= {"eval_every": _LONG_EVAL, "schedule": _LONG_SCHEDULE}
     return Run(
         start, _merged(_TRAIN | {"device_windows": 16} | _SPARSE, changes), teacher=teacher, spent=spent, long=long
     )
@@ -97,7 +97,7 @@ def _runs(adapt_tokens: int, gpus: int) -> dict[str, Run]:
         "one-side": _arm("warm-one-side"),
         "hidden": _arm(distillation={"hidden": 1.0}),
         "lr-2e-3": _arm(learning_rate=2e-3),
-        "control-long": Run("adapt", dense | {"eval_every": _LONG_EVAL}, long=True),
+        "control-long": Run("adapt", dense | {"eval_every": _LONG_EVAL, "schedule": _LONG_SCHEDULE}, long=True),
         "warm-12M": _warm(tokens=3 * _WARM_TOKENS),
         "muon": _arm(optimizer="muon"),
         "base-long": _arm(long=True),
@@ -121,8 +121,8 @@ def _runs(adapt_tokens: int, gpus: int) -> dict[str, Run]:
 class Search:
     """The folders of one search and the processes that run in them."""
 
-    def __init__(self, work: Path, out: Path, runs: dict[str, Run], tokens: int) -> None:
-        self.work, self.out, self.runs, self.tokens = work, out, runs, tokens
+    def __init__(self, work: Path, out: Path, runs: dict[str, Run], tokens: int, long_tokens: int) -> None:
+        self.work, self.out, self.runs, self.tokens, self.long_tokens = work, out, runs, tokens, long_tokens
         self.folder = work / "arms"
         self.failed: set[str] = set()
         for folder in (self.folder, out):
@@ -139,7 +139,7 @@ class Search:
             stage["teacher"] = str(self.made(str(run.teacher)))
         elif "distillation" in stage:
             stage["distillation"] = stage["distillation"] | {"teacher": str(self.made(str(run.teacher)))}
-        stage.setdefault("tokens", (_LONG if run.long else 1) * self.tokens - run.spent)
+        stage.setdefault("tokens", (self.long_tokens if run.long else self.tokens) - run.spent)
         return stage
 
     def recipe(self, name: str, model: Path) -> Path:
@@ -259,6 +259,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, default=24_000_000, help="of a run, its layerwise start included")
+    parser.add_argument("--long-tokens", type=int, default=72_000_000, help="the same, of the long runs")
     parser.add_argument("--adapt-tokens", type=int, default=40_000_000)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time on each GPU")
@@ -273,7 +274,9 @@ def main() -> None:
         name, _, changes = arm.partition("=")
         runs[name] = _arm(**json.loads(changes))
         names.append(name)
-    search = Search(options.work.resolve(), options.out.resolve(), _with_needs(names, runs), options.tokens)
+    search = Search(
+        options.work.resolve(), options.out.resolve(), _with_needs(names, runs), options.tokens, options.long_tokens
+    )
     search.work_off(options.gpus, options.parallel, deadline)
     print((search.out / "table.md").read_text())
 
