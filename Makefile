@@ -24,9 +24,10 @@ picture: $(VENV)/.runtime ## save the demo's output as docs/images/demo.svg, on 
 test: $(VENV)/.dev ## everything that needs no download
 	$(PYTEST)
 
+# Without TURBOSPARSE_TEST_WIKITEXT=FILE (WikiText-2's test.txt) or the extra `bench`, what needs them is skipped.
 test-models: $(VENV)/.dev ## what needs the real models: TURBOSPARSE_TEST_MODELS=FOLDER
 	@test -d "$$TURBOSPARSE_TEST_MODELS" || { echo "set TURBOSPARSE_TEST_MODELS to the folder of the real GGUF models"; exit 2; }
-	$(PYTEST) -m models
+	$(PYTEST) -m models -rs
 
 lint: $(VENV)/.dev ## ruff, mypy and clang-format, as in CI
 	$(BIN)/ruff check .

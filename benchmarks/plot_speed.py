@@ -19,7 +19,7 @@ def main() -> None:
     """Draw a group of bars for each result, decoding on the left and prompts on the right."""
     results = [json.loads(Path(name).read_text()) for name in sys.argv[2:]]
     modes = list(dict.fromkeys(run["mode"] for result in results for run in result["runs"] if run["mode"] != BASE))
-    figure, both = plt.subplots(1, 2, figsize=(14, 4.5), sharey=True)
+    figure, both = plt.subplots(1, 2, figsize=(max(14, 3.2 * len(results)), 4.5), sharey=True)
     for axes, (what, key) in zip(both, (("decoding", "decode_tok_s"), ("prompt", "prefill_tok_s")), strict=True):
         width = 0.8 / len(modes)
         for index, mode in enumerate(modes):

@@ -1,4 +1,4 @@
-"""Exported files in llama.cpp; of a real model, whose folders are <models>/smollm2-dense and <models>/smollm2-drelu."""
+"""Exported files in llama.cpp; of a real model, which is $TURBOSPARSE_TEST_MODELS/SmolLM2-135M-Instruct.Q4_1.gguf."""
 
 import os
 import subprocess
@@ -21,11 +21,22 @@ print(model(sys.argv[2], max_tokens=24, temperature=0)["choices"][0]["text"])
 """
 
 
-def _real(name):
-    root = os.environ.get("TURBOSPARSE_TEST_MODELS")
-    folder = Path(root) / name if root else None
-    if folder is None or not folder.is_dir():
-        pytest.skip(f"needs the Hugging Face folder {name} in $TURBOSPARSE_TEST_MODELS")
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """The Hugging Face folder of the real model with an activation, made once."""
+    from turbosparse import convert
+
+    source = Path(os.environ.get("TURBOSPARSE_TEST_MODELS", ".")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not source.exists():
+        pytest.skip(f"{source.name} is not in TURBOSPARSE_TEST_MODELS")
+    folders = tmp_path_factory.mktemp("real")
+
+    def folder(activation):
+        out = folders / activation
+        if not out.exists():
+            convert(source, out, activation)
+        return out
+
     return folder
 
 
@@ -37,16 +48,16 @@ def _run_llama_cpp(path):
 
 @pytest.mark.models
 @pytest.mark.parametrize("quant", ["q4_0", "q8_0", "f16"])
-def test_llama_cpp_runs_the_dense_twin(tmp_path, quant):
-    export_gguf(_real("smollm2-dense"), tmp_path / "a.gguf", quant)
+def test_llama_cpp_runs_the_dense_twin(real, tmp_path, quant):
+    export_gguf(real("keep"), tmp_path / "a.gguf", quant)
     run = _run_llama_cpp(tmp_path / "a.gguf")
     assert run.returncode == 0, run.stderr[-2000:]
     assert "Paris" in run.stdout
 
 
 @pytest.mark.models
-def test_llama_cpp_refuses_the_sparse_file(tmp_path):
-    export_gguf(_real("smollm2-drelu"), tmp_path / "a.gguf", "q4_0")
+def test_llama_cpp_refuses_the_sparse_file(real, tmp_path):
+    export_gguf(real("drelu"), tmp_path / "a.gguf", "q4_0")
     run = _run_llama_cpp(tmp_path / "a.gguf")
     assert run.returncode == 1 and "Failed to load model" in run.stderr
     assert not run.stdout.strip()
