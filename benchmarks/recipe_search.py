@@ -1,7 +1,7 @@
 """Compare ways to make a model sparse: short runs at equal tokens and equal data, in one table.
 
     python benchmarks/recipe_search.py WORK OUT [--tokens 24000000] [--gpus 2] [--parallel 2] [--minutes 25]
-        [--long-tokens 280000000] [--only base,muon] [--arm 'NAME={"optimizer": "muon"}']
+        [--long-tokens 280000000] [--only base,lr-2e-3] [--arm 'NAME={"ffn_lr": 2}']
 
 WORK holds smollm2-135m-dense (`turbosparse convert --activation keep`), the corpus (web/, code/, math/, validation/)
 and chat.jsonl; runs lie in WORK/arms, `--parallel` at a time on each GPU, so that one starts up while another trains.
@@ -95,24 +95,28 @@ def _runs(adapt_tokens: int, gpus: int) -> dict[str, Run]:
         "warm-one-side": _warm("one"),
         "base": _arm(),
         "one-side": _arm("warm-one-side"),
-        "hidden": _arm(distillation={"hidden": 1.0}),
+        "warm-soft": _warm(soft_slopes=True),
+        "after-warm-soft": _arm("warm-soft", soft_slopes=True),
+        "soft": _arm(soft_slopes=True),
+        "batch-32k": _arm(batch_tokens=32768),
         "lr-2e-3": _arm(learning_rate=2e-3),
+        "all-three": _arm("warm-soft", soft_slopes=True, batch_tokens=32768, learning_rate=2e-3),
+        "soft-32k": _arm("warm-soft", soft_slopes=True, batch_tokens=32768),
+        "batch-16k": _arm(batch_tokens=16384),
         "control-long": Run("adapt", dense | {"eval_every": _LONG_EVAL, "schedule": _LONG_SCHEDULE}, long=True),
-        "warm-12M": _warm(tokens=3 * _WARM_TOKENS),
-        "muon": _arm(optimizer="muon"),
         "base-long": _arm(long=True),
-        "one-side-long": _arm("warm-one-side", long=True),
+        "warm-12M": _warm(tokens=3 * _WARM_TOKENS),
         "after-warm-12M": _arm("warm-12M", 3 * _WARM_TOKENS),
         "teacher-only": _arm(distillation={"share": 1.0}),
+        "share-0.5": _arm(distillation={"share": 0.5}),
         "ffn-lr-2": _arm(ffn_lr=2.0),
         "zeros-95": _arm(sparsity={"target_rate": 0.048}),
         "late-ramp": _arm(sparsity={"ramp": 0.8}),
         "threshold-0": _arm(sparsity={"threshold": None}),
         "threshold-0.8": _arm(sparsity={"threshold": 0.8}),
-        "hidden-4": _arm(distillation={"hidden": 4.0}),
+        "control-32k": Run("adapt", dense | {"batch_tokens": 32768}),
         "control-lr-2e-3": Run("adapt", dense | {"learning_rate": 2e-3}),
         "control-lr-5e-4": Run("adapt", dense | {"learning_rate": 5e-4}),
-        "share-0.5": _arm(distillation={"share": 0.5}),
         "warm-reglu": _warm(None, activation="reglu"),
         "reglu": _arm("warm-reglu"),
     }

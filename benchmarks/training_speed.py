@@ -56,7 +56,6 @@ def _recipe(case: str, options: argparse.Namespace, dense: Path, sparse: Path) -
         "batch_tokens": options.batch_tokens,
         "device_windows": options.batch_tokens // options.context // options.passes,
         "learning_rate": 1e-4,
-        "optimizer": options.optimizer,
     }
     if case != "dense":
         stage["sparsity"] = {"target_rate": 0.1}
@@ -133,7 +132,6 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=65536)
     parser.add_argument("--passes", type=int, default=1, help="forward passes a step")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--case", default="dense,drelu,teacher")
     parser.add_argument("--profile", action="store_true", help="write WORK/CASE.profile.txt; slower")
     options = parser.parse_args()

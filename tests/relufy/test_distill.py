@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from turbosparse.relufy import distill
-from turbosparse.relufy.distill import HiddenStates, Teacher, mixed_cross_entropy, token_cross_entropy
+from turbosparse.relufy.distill import Teacher, mixed_cross_entropy, token_cross_entropy
 
 
 @pytest.fixture
@@ -43,54 +43,3 @@ def test_loss_and_gradients_equal_the_unchunked_formula(tensors, softcap, share)
     plain = _reference(hidden, weight, labels, softcap, 0, 0.0)
     torch.testing.assert_close(ce.mean(), plain, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(token_cross_entropy(hidden, weight, labels, softcap), ce)
-
-
-class _Tiny(torch.nn.Module):
-    """As much of a model as HiddenStates looks at."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = torch.nn.Module()
-        self.model.layers = torch.nn.ModuleList([torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)])
-
-    def forward(self, x):
-        for layer in self.model.layers:
-            x = layer(x)
-        return x
-
-
-def test_hidden_states_are_compared_after_every_block_and_only_in_training():
-    torch.manual_seed(0)
-    student, teacher = _Tiny(), _Tiny()
-    states = HiddenStates(student, teacher, weight=2.0, compiled=False)
-    x = torch.randn(3, 5, 6)
-    with torch.no_grad():
-        student(x)  # validation: not a part of any loss
-        teacher(x)
-    student(x)
-    metrics = {}
-    loss = states(0.25, metrics)
-    expected = []
-    with torch.no_grad():
-        s, t = x, x
-        for ours, theirs in zip(student.model.layers, teacher.model.layers, strict=True):
-            s, t = ours(s), theirs(t)
-            expected.append(((s / s.square().mean(-1, True).sqrt() - t / t.square().mean(-1, True).sqrt()) ** 2).mean())
-    mean = torch.stack(expected).mean()
-    torch.testing.assert_close(metrics["state_distance"], mean)
-    torch.testing.assert_close(loss.detach(), 2.0 * 0.75 * mean)
-    loss.backward()
-    assert all(p.grad is not None for p in student.parameters())
-    assert all(p.grad is None for p in teacher.parameters())
-
-
-def test_hidden_states_of_equal_models_have_no_distance():
-    student = _Tiny()
-    teacher = _Tiny()
-    teacher.load_state_dict(student.state_dict())
-    states = HiddenStates(student, teacher, weight=1.0, compiled=False)
-    x = torch.randn(2, 4, 6)
-    with torch.no_grad():
-        teacher(x)
-    student(x)
-    assert states(0.0, {}).item() == 0

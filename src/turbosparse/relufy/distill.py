@@ -132,44 +132,6 @@ def token_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, 
     return torch.cat(chunks)
 
 
-def state_distance(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
-    """Mean squared difference of hidden states, each scaled to a root mean square of 1: float32 scalar, 0 to 4."""
-    size = (student_BTD.shape[-1],)
-    return (F.rms_norm(student_BTD.float(), size) - F.rms_norm(teacher_BTD.float(), size)).square().mean()
-
-
-def _keeper(seen: list[Tensor], training: bool) -> Callable[..., None]:
-    """A hook that keeps a block's output; the student's only where it has a gradient, so not during validation."""
-
-    def keep(_module: Any, _inputs: Any, output: Tensor) -> None:
-        if output.requires_grad or not training:
-            seen.append(output)
-
-    return keep
-
-
-class HiddenStates:
-    """The distance between the hidden states of student and teacher, mean over blocks, of their last forward passes."""
-
-    def __init__(self, student: Any, teacher: Any, weight: float, compiled: bool) -> None:
-        self._weight = weight
-        self._distance = torch.compile(state_distance, dynamic=False) if compiled else state_distance
-        self._seen: tuple[list[Tensor], list[Tensor]] = ([], [])
-        if weight > 0:
-            for model, seen in zip((student, teacher), self._seen, strict=True):
-                for layer in model.model.layers:
-                    layer.register_forward_hook(_keeper(seen, training=model is student))
-
-    def __call__(self, progress: float, metrics: dict[str, Tensor]) -> Tensor | float:
-        if self._weight == 0:
-            return 0.0
-        distance = torch.stack([self._distance(s, t) for s, t in zip(*self._seen, strict=True)]).mean()
-        for seen in self._seen:
-            seen.clear()
-        metrics["state_distance"] = distance.detach()
-        return self._weight * (1 - progress) * distance
-
-
 _COMPILED: list[Callable[..., tuple[Tensor, Tensor, Tensor]]] = []
 
 

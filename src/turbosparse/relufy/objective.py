@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from turbosparse.relufy.distill import HiddenStates, Teacher, mixed_cross_entropy
+from turbosparse.relufy.distill import Teacher, mixed_cross_entropy
 from turbosparse.relufy.recipes import Distillation, Sparsity
 from turbosparse.relufy.sparsity import SparsityPressure, attach_taps
 
@@ -92,7 +92,6 @@ class NextToken:
     ) -> None:
         self._sparsity = _SparsityTerm(ffns(student), sparsity)
         self._teacher, self._share = teacher, distillation.share if distillation else 0.0
-        self._states = HiddenStates(student, teacher, distillation.hidden, compiled) if distillation else None
         self._dtype, self._compiled = dtype, compiled
 
     def _teach(self, ids_BT: Tensor) -> Teacher:
@@ -119,8 +118,6 @@ class NextToken:
         metrics = {"ce": ce_N.mean(), "window_ce": ce_N.view(ids_BT.shape[0], -1).mean(-1), "domain": batch["domain"]}
         if teacher is not None:
             metrics["mixed_ce"] = loss.detach()
-        if self._states is not None:
-            loss = loss + self._states(progress, metrics)
         return Loss(loss + self._sparsity(progress, metrics), metrics)
 
 

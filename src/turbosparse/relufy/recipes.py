@@ -77,15 +77,10 @@ class Sparsity(_Strict):
 
 
 class Distillation(_Strict):
-    """Learn from a teacher's token probabilities, mixed with the text: `share` * teacher + (1 - share) * text.
-
-    `hidden` is the weight of a second term, the distance between the two models' hidden states after every block. It
-    falls to zero over the stage: a help to find the way, not a wish for the same states.
-    """
+    """Learn from a teacher's token probabilities, mixed with the text: `share` * teacher + (1 - share) * text."""
 
     teacher: str
     share: float = Field(default=0.9, ge=0, le=1)
-    hidden: float = Field(default=0.0, ge=0)
 
 
 class Stage(_Strict):
@@ -102,8 +97,7 @@ class Stage(_Strict):
     batch_tokens: Tokens = 131072
     device_windows: int = Field(default=64, gt=0, description="windows in one forward pass")
     warmup: float = Field(default=0.02, ge=0, lt=1)
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    ffn_lr: float = Field(default=1.0, gt=0, description="of AdamW: learning rate of the FFNs, times that of the rest")
+    ffn_lr: float = Field(default=1.0, gt=0, description="learning rate of the FFNs, times that of the rest")
     schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
     final_lr_share: float = Field(default=0.05, ge=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -112,6 +106,7 @@ class Stage(_Strict):
     sparsity: Sparsity | None = None
     teacher: str | None = None
     sides: Literal["best", "one"] | None = Field(default=None, description="for a fresh dReLU swap: see allot.py")
+    soft_slopes: bool = Field(default=False, description="of a sparse model: neurons that are off learn, see slopes.py")
     distillation: Distillation | None = None
     eval_every: int | None = Field(default=None, gt=0, description="steps")
     save_every: int | None = Field(default=None, gt=0, description="steps")
@@ -124,8 +119,6 @@ class Stage(_Strict):
             raise ValueError("`sides` belongs to the layerwise objective")
         if self.objective == "layerwise" and self.distillation is not None:
             raise ValueError("`distillation` belongs to the cross_entropy objective")
-        if self.optimizer != "adamw" and self.ffn_lr != 1:
-            raise ValueError("`ffn_lr` belongs to the optimizer adamw")
         return self
 
 

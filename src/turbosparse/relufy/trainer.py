@@ -27,12 +27,13 @@ from turbosparse.model.provenance import carry_licence
 from turbosparse.relufy.allot import allot_neurons
 from turbosparse.relufy.data import Mixture, build_mixture, check_sources, validation_windows
 from turbosparse.relufy.objective import Layerwise, NextToken, Objective, ffns
-from turbosparse.relufy.optimizer import make_adamw, make_muon
+from turbosparse.relufy.optimizer import make_adamw
 from turbosparse.relufy.processes import any_process, share, shared_loss, this_process
 from turbosparse.relufy.progress import ProgressLog
 from turbosparse.relufy.recipes import Recipe, Stage, load_recipe
 from turbosparse.relufy.roles import settle_roles
 from turbosparse.relufy.schedule import learning_rate_share
+from turbosparse.relufy.slopes import use_soft_slopes
 from turbosparse.relufy.threshold import set_thresholds
 from turbosparse.relufy.validate import mean_over_domains, validate
 
@@ -84,9 +85,8 @@ class RecoveryTrainer(Trainer):
         return model if self.args.world_size == 1 else share(model, self.objective, self.args.device)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        if self.stage.optimizer == "muon" or self.stage.ffn_lr != 1:
-            make: Any = make_muon if self.stage.optimizer == "muon" else make_adamw
-            self.optimizer = make(self.model, self.stage)
+        if self.stage.ffn_lr != 1:
+            self.optimizer = make_adamw(self.model, self.stage)
             return self.optimizer
         return super().create_optimizer(*args, **kwargs)
 
@@ -234,6 +234,8 @@ def _objective(
     recipe: Recipe, stage: Stage, model: Any, teacher: Any, device: torch.device, dtype: torch.dtype | None
 ) -> Objective:
     compiled = recipe.compile and device.type == "cuda"
+    if stage.soft_slopes:
+        use_soft_slopes(model)
     if stage.objective == "layerwise":
         model.requires_grad_(False)
         for mlp in ffns(model):
