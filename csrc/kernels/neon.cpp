@@ -205,8 +205,6 @@ struct Neon {
     return count;
   }
 
-  static void prefetch(const std::byte* p) { __builtin_prefetch(p, 0, 3); }
-
  private:
   static F widen_f16(uint16x4_t x) { return vcvt_f32_f16(vreinterpret_f16_u16(x)); }
   static F widen_bf16(uint16x4_t x) { return vreinterpretq_f32_u32(vshll_n_u16(x, 16)); }
