@@ -106,13 +106,16 @@ struct Neon {
     static_assert(kCount == 4);
     vst1q_s32(p, x);
   }
-  static I add_ints(I a, I b) { return vaddq_s32(a, b); }
+  // Unsigned, as the other instruction sets wrap: before a sum's offset is taken back it may be past int32.
+  static I add_ints(I a, I b) {
+    return vreinterpretq_s32_u32(vaddq_u32(vreinterpretq_u32_s32(a), vreinterpretq_u32_s32(b)));
+  }
 
   // Dwords as pairs of int16: the sum of both products, the low and the high words of a and b side by side, and bits
   // of each word.
   static I dot_words(I sum, I a, I b) {
     const int16x8_t x = vreinterpretq_s16_s32(a), y = vreinterpretq_s16_s32(b);
-    return vaddq_s32(sum, vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)));
+    return add_ints(sum, vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)));
   }
   static I ones() { return vreinterpretq_s32_s16(vdupq_n_s16(1)); }
   static I pair_low(I a, I b) {
@@ -201,8 +204,6 @@ struct Neon {
     }
     return count;
   }
-
-  static void prefetch(const std::byte* p) { __builtin_prefetch(p, 0, 3); }
 
  private:
   static F widen_f16(uint16x4_t x) { return vcvt_f32_f16(vreinterpret_f16_u16(x)); }

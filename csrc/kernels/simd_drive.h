@@ -43,6 +43,10 @@ struct NoFetch {
   void operator()(int64_t) const {}
 };
 
+// Into the second-level cache: more reads can be under way to it than to the first one, which sums and the rows in work
+// fill already. Always inline: GCC takes a function that only prefetches for one without effect and leaves out calls.
+static TS_INLINE inline void prefetch(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
+
 // Rows of a list it does not foresee. These are fetched while others are in work, and row by row: the rows in work, of
 // which S::kListRows are read side by side, the more the better until the registers are full.
 template <class S, int R>
@@ -53,7 +57,7 @@ class FetchRows {
   // `bytes` of each row are in work now; fetch as many.
   TS_INLINE void operator()(int64_t bytes) {
     for (due_ += R * bytes; due_ > 0 && row_ < R; due_ -= 64) {
-      S::prefetch(rows_.values[row_] + byte_);
+      prefetch(rows_.values[row_] + byte_);
       byte_ += 64;
       if (byte_ >= bytes_) byte_ = 0, ++row_;
     }
@@ -73,7 +77,7 @@ class Lookahead {
       : w_(w), rows_(rows), n_(n), bytes_(bytes) {
     w_.values += first;
     for (int64_t i = 0; i < kDistance && i < n; ++i) {
-      for (int64_t byte = 0; byte < bytes; byte += 64) S::prefetch(w_.values + rows[i] * w_.row_bytes + byte);
+      for (int64_t byte = 0; byte < bytes; byte += 64) prefetch(w_.values + rows[i] * w_.row_bytes + byte);
     }
   }
 

@@ -242,7 +242,7 @@ static void sum_group_of_rows(const Matrix& w, int64_t first, int64_t last, int6
       for (int64_t v = 0; v < sum.vectors; v += V) {
         for (; fetched * sum.vectors < kRows * (v + V); ++fetched) {  // evenly, while vectors are at work
           const std::byte* row = next[fetched] + block * scaled_block_bytes(kType);
-          for (int64_t byte = 0; byte < kBytes && part == 0; byte += 64) S::prefetch(row + byte);
+          for (int64_t byte = 0; byte < kBytes && part == 0; byte += 64) prefetch(row + byte);
         }
         pairs.template add<V>(sum.factor + v * stride + (begin - first), stride, part, sum.lanes + v * G * kBlock,
                               sum.levels + v * kGroup);

@@ -101,9 +101,36 @@ void expect_near(const char* what, const std::vector<float>& a, const std::vecto
   std::printf("%s: %g apart of %g\n", what, apart, largest);
 }
 
-void compare(const Kernels& k, const Kernels& g, WeightType type, int64_t rows, int64_t cols, bool int8) {
-  const auto source = random_rows(type, rows, cols);
-  const Packed ours(k, type, rows, cols, source), theirs(g, type, rows, cols, source);
+void expect_same(const char* what, const std::vector<float>& a, const std::vector<float>& b) {
+  if (a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0)) return;
+  ++failures;
+  std::printf("%s: other bits\n", what);
+}
+
+// The same rows for a table and for the generic one.
+struct Pair {
+  const Kernels &k, &g;
+  Packed ours, theirs;
+  int64_t rows, cols;
+
+  Pair(const Kernels& k, const Kernels& g, WeightType type, int64_t rows, int64_t cols,
+       const std::vector<std::byte>& source)
+      : k(k), g(g), ours(k, type, rows, cols, source), theirs(g, type, rows, cols, source), rows(rows), cols(cols) {}
+};
+
+// No row, one row, all rows, and rows at random, ascending.
+std::vector<std::vector<int32_t>> lists(int64_t rows) {
+  std::vector<std::vector<int32_t>> out(4);
+  out[1] = {static_cast<int32_t>(rows - 1)};
+  for (int32_t r = 0; r < rows; ++r) {
+    out[2].push_back(r);
+    if (rng() % 5 < 2) out[3].push_back(r);
+  }
+  return out;
+}
+
+void compare_dots(const Pair& pair, bool int8) {
+  const auto& [k, g, ours, theirs, rows, cols] = pair;
   const int64_t count = 7;
   const auto x = normal(count * cols), lost = normal(count * cols);
   Prepared a(k, x, cols, int8), b(g, x, cols, int8);
@@ -117,35 +144,93 @@ void compare(const Kernels& k, const Kernels& g, WeightType type, int64_t rows, 
     k.dot(ours.view, 0, rows, a.view, out.data(), rows);
     g.dot(theirs.view, 0, rows, b.view, expected.data(), rows);
     expect_near("dot", out, expected, 1e-5);
-    std::vector<int32_t> listed;
-    for (int32_t r = 0; r < rows; r += 1 + r % 3) listed.push_back(r);
-    std::vector<float> some(listed.size());
-    k.dot_listed(ours.view, listed.data(), static_cast<int64_t>(listed.size()), a.view, 3, some.data());
-    for (size_t i = 0; i < listed.size(); ++i) {  // the same bits as in the range, as one of several vectors
-      if (std::memcmp(&some[i], &out[3 * rows + listed[i]], 4) != 0) ++failures, std::printf("dot_listed differs\n");
+    for (const auto& list : lists(rows)) {  // the same bits as in the range, as one of several vectors
+      std::vector<float> some(list.size()), same(list.size());
+      k.dot_listed(ours.view, list.data(), static_cast<int64_t>(list.size()), a.view, 3, some.data());
+      for (size_t i = 0; i < list.size(); ++i) same[i] = out[3 * rows + list[i]];
+      expect_same("dot_listed", some, same);
     }
   }
-  std::vector<int32_t> every(rows);
-  for (int64_t r = 0; r < rows; ++r) every[r] = static_cast<int32_t>(r);
-  const auto coefficient = normal(rows);
-  auto y = normal(cols), z = y;
-  k.axpy_listed(ours.view, every.data(), coefficient.data(), rows, y.data());
-  g.axpy_listed(theirs.view, every.data(), coefficient.data(), rows, z.data());
-  expect_near("axpy_listed", y, z, 1e-5);
-  if (ours.view.largest) {
-    const auto coefficients = normal(count * rows);
-    std::vector<float> sums(count * cols), expected(count * cols), listed(cols);
-    k.sum_rows(ours.view, 0, rows, coefficients.data(), rows, count, sums.data(), cols);
-    g.sum_rows(theirs.view, 0, rows, coefficients.data(), rows, count, expected.data(), cols);
-    expect_near("sum_rows", sums, expected, 0);
-    k.sum_listed(ours.view, every.data(), coefficients.data(), rows, rows, listed.data());
-    sums.resize(cols);
-    expect_near("sum_listed", listed, sums, 0);
+}
+
+void compare_axpys(const Pair& pair) {
+  for (const auto& list : lists(pair.rows)) {
+    const auto n = static_cast<int64_t>(list.size());
+    const auto coefficient = normal(n);
+    auto y = normal(pair.cols), z = y;
+    pair.k.axpy_listed(pair.ours.view, list.data(), coefficient.data(), n, y.data());
+    pair.g.axpy_listed(pair.theirs.view, list.data(), coefficient.data(), n, z.data());
+    expect_near("axpy_listed", y, z, 1e-5);
   }
-  std::vector<float> row(cols), same(cols);
-  k.decode_row(ours.view, rows / 2, row.data());
-  g.decode_row(theirs.view, rows / 2, same.data());
-  expect_near("decode_row", row, same, 0);
+}
+
+// Sums over lists have the generic kernel's bits, and those of sums over all rows where the others' coefficients are 0.
+void compare_sums(const Pair& pair, const std::vector<float>& coefficients, int64_t count) {
+  const auto& [k, g, ours, theirs, rows, cols] = pair;
+  for (const int64_t first : {int64_t{0}, rows / 3}) {
+    auto y = normal(count * cols), z = y;
+    k.sum_rows(ours.view, first, rows, coefficients.data(), rows, count, y.data(), cols);
+    g.sum_rows(theirs.view, first, rows, coefficients.data(), rows, count, z.data(), cols);
+    expect_same("sum_rows", y, z);
+  }
+  for (const auto& list : lists(rows)) {
+    const auto n = static_cast<int64_t>(list.size());
+    std::vector<float> some, all(rows);
+    for (const int32_t r : list) some.push_back(all[r] = coefficients[r]);
+    const auto y = normal(cols);
+    auto listed = y, generic = y, whole = y;
+    k.sum_listed(ours.view, list.data(), some.data(), n, rows, listed.data());
+    g.sum_listed(theirs.view, list.data(), some.data(), n, rows, generic.data());
+    k.sum_rows(ours.view, 0, rows, all.data(), rows, 1, whole.data(), cols);
+    expect_same("sum_listed", listed, generic);
+    expect_same("sum_listed beside sum_rows", listed, whole);
+  }
+}
+
+void compare(const Kernels& k, const Kernels& g, WeightType type, int64_t rows, int64_t cols) {
+  const Pair pair(k, g, type, rows, cols, random_rows(type, rows, cols));
+  compare_dots(pair, false);
+  compare_axpys(pair);
+  if (pair.ours.view.largest) {
+    compare_dots(pair, true);
+    for (const int64_t count : {1, 2, 4, 7}) compare_sums(pair, normal(count * rows), count);
+  }
+  for (const int64_t r : {int64_t{0}, rows / 2, rows - 1}) {
+    std::vector<float> row(cols), same(cols);
+    k.decode_row(pair.ours.view, r, row.data());
+    g.decode_row(pair.theirs.view, r, same.data());
+    expect_same("decode_row", row, same);
+  }
+}
+
+// Every quant and every level as large as can be: before the offset is taken back, sums leave int32.
+void compare_largest_sums(const Kernels& k, const Kernels& g, WeightType type, int64_t rows) {
+  const int64_t cols = 96;
+  for (const auto byte : {std::byte{0}, std::byte{0x7f}, std::byte{0x80}, std::byte{0xff}}) {
+    auto source = random_rows(type, rows, cols);
+    const size_t block = type == WeightType::q4_0 ? 18 : 34;
+    for (size_t at = 0; at < source.size(); ++at) source[at] = at % block < 2 ? std::byte{0x20} : byte;
+    const Pair pair(k, g, type, rows, cols, source);
+    for (const float sign : {1.0f, -1.0f}) compare_sums(pair, std::vector<float>(rows, sign), 1);
+  }
+}
+
+// One coefficient that is no finite number, or too large, and coefficients that are all zero or nearly.
+void compare_odd_coefficients(const Kernels& k, const Kernels& g, WeightType type) {
+  const int64_t rows = 9, cols = 160;
+  const Pair pair(k, g, type, rows, cols, random_rows(type, rows, cols));
+  compare_sums(pair, std::vector<float>(rows), 1);
+  compare_sums(pair, std::vector<float>(rows, 0x1p-120f), 1);
+  for (const float odd : {NAN, INFINITY, -INFINITY}) {
+    auto coefficient = normal(rows);
+    coefficient[4] = odd;
+    std::vector<float> y(cols), z(cols);
+    k.sum_rows(pair.ours.view, 0, rows, coefficient.data(), rows, 1, y.data(), cols);
+    g.sum_rows(pair.theirs.view, 0, rows, coefficient.data(), rows, 1, z.data(), cols);
+    for (int64_t c = 0; c < cols; ++c) {
+      if (std::isfinite(y[c]) || std::isnan(y[c]) != std::isnan(z[c])) ++failures, std::printf("a lost %g\n", odd);
+    }
+  }
 }
 
 void compare_elementwise(const Kernels& k, const Kernels& g, int64_t n) {
@@ -186,14 +271,14 @@ int main() {
   for (int i = 0; i < count; ++i) {
     const int before = failures;
     for (const WeightType type : {WeightType::q4_0, WeightType::q8_0}) {
-      for (const int64_t cols : {32, 64, 96, 160, 576, 992}) {
-        for (const int64_t rows : {1, 5, 33}) {
-          for (const bool int8 : {false, true}) compare(*tables[i], generic, type, rows, cols, int8);
-        }
+      for (const int64_t cols : {32, 64, 96, 160, 576, 992, 4128}) {  // the last is more than a tile of sums
+        for (const int64_t rows : {1, 2, 5, 33, 71}) compare(*tables[i], generic, type, rows, cols);
       }
+      for (const int64_t rows : {1, 448, 896, 7168}) compare_largest_sums(*tables[i], generic, type, rows);
+      compare_odd_coefficients(*tables[i], generic, type);
     }
     for (const WeightType type : {WeightType::f32, WeightType::f16, WeightType::bf16}) {
-      for (const int64_t cols : {1, 3, 7, 16, 33, 64, 130}) compare(*tables[i], generic, type, 9, cols, false);
+      for (const int64_t cols : {1, 3, 7, 16, 33, 64, 130}) compare(*tables[i], generic, type, 9, cols);
     }
     for (const int64_t n : {1, 2, 3, 5, 7, 16, 33, 1023}) compare_elementwise(*tables[i], generic, n);
     std::printf("%s %s\n", tables[i]->isa, failures == before ? "agrees" : "DISAGREES");
