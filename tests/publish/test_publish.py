@@ -101,6 +101,18 @@ def test_a_card_of_a_run_alone_leaves_out_what_was_not_measured(run):
     assert _publish(run)[0] == 0 and (run / "README.md").read_text() == again  # licence and base survive
 
 
+def test_a_card_counts_the_run_that_this_one_went_on_from(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORK", str(tmp_path))
+    chat = tmp_path / "chat" / "1-chat"
+    _stage(chat, 1.66, 4_000_000, 0.9)
+    recipe = {"model": "${WORK}/drelu/2-recover", "data": {"sources": [{"domain": "chat", "path": "x"}]}}
+    recipe["stages"] = [{"name": "chat", "objective": "cross_entropy", "tokens": "4M", "learning_rate": 3e-4}]
+    (chat.parent / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert _publish(chat)[0] == 0
+    text = (chat / "README.md").read_text()
+    assert "| this model | 108.0M |" in text and "| warm | " in text and "| recover | " in text and "| chat | " in text
+
+
 class _Hub:
     """Stands in for the hub's client and keeps what it is asked to do."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """The stages up to the one that wrote `folder`, in order, and the `data` mapping of their recipe."""
+    """The stages up to the one that wrote `folder`, in order, and the `data` mapping of the last one's recipe."""
 
     folder: Path
     stages: list[Stage] = field(default_factory=list)
@@ -69,8 +70,16 @@ def _tokens(log: Path) -> int:
         raise UserError(f"{log}: is no log of `turbosparse train`; give the folder as the run left it.") from None
 
 
+def _stages_before(recipe: dict[str, Any]) -> list[Stage]:
+    """The stages of the run that this one goes on from, where its `model` is a stage of one and still lies there."""
+    source = Path(os.path.expandvars(str(recipe.get("model", ""))))
+    if not source.is_absolute() or not (source.parent / "recipe.yaml").is_file():
+        return []
+    return read_run(source).stages
+
+
 def read_run(folder: Path) -> Run:
-    """The run that made a model folder (`OUTPUT/2-recover`), from what lies beside it.
+    """The run that made a model folder (`OUTPUT/2-recover`), from what lies beside it, and those that it went on from.
 
     Raises:
         UserError: the folder is not a stage of `turbosparse train`.
@@ -86,7 +95,7 @@ def read_run(folder: Path) -> Run:
             f"{folder}: is not a stage that `turbosparse train` wrote (no recipe.yaml beside it names it); "
             "give the folder where the run left it."
         ) from None
-    stages = []
+    stages = _stages_before(recipe)
     for settings, name in zip(recipe["stages"][:upto], names, strict=False):
         stage = recipe_file.parent / name
         stages.append(Stage(settings, read_json(stage / "metrics.json"), _tokens(stage / "log.jsonl")))
