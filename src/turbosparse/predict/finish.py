@@ -9,12 +9,11 @@ import numpy as np
 from turbosparse.predict.calibrate import price_for
 from turbosparse.predict.fit import Tokens
 from turbosparse.predict.measure import Curve, curve, edges
-from turbosparse.predict.sinks import always_selecting
+from turbosparse.predict.sinks import FEW_TOKENS, always_selecting
 from turbosparse.predict.stack import Stack
 from turbosparse.predict.together import Ground
 from turbosparse.predict.write import StoredPredictor
 
-_FEW_TOKENS = 2048  # that tell how high scores are
 _LARGEST_SHIFT = 30.0
 _STEPS = 40
 
@@ -25,7 +24,7 @@ def stored(stack: Stack, ground: Ground) -> list[StoredPredictor]:
     for layer, always in enumerate(ground.always):
         fc1, fc2 = (matrix.cpu().numpy() for matrix in stack.layer(layer))
         plain = StoredPredictor.of(fc1, fc2, stack.kinds)
-        predictors.append(always_selecting(plain, always, ground.inputs(layer)[:_FEW_TOKENS]))
+        predictors.append(always_selecting(plain, always, ground.inputs(layer)[:FEW_TOKENS]))
     return predictors
 
 

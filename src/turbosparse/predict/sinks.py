@@ -19,6 +19,7 @@ from turbosparse.predict.fit import MOST_NATS
 from turbosparse.predict.write import StoredPredictor
 
 _FEWEST_OTHERS = 64  # of so many neurons, at most one is always selected
+FEW_TOKENS = 2048  # that tell how high scores are
 
 
 def sinks(largest: Tensor, worth: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def sinks(largest: Tensor, worth: Tensor) -> Tensor:
 
 
 def always_selecting(stored: StoredPredictor, neurons: Tensor, x: Tensor) -> StoredPredictor:
-    """The predictor with these neurons' rows set; x, float32 [tokens, hidden], says how high scores are."""
+    """The predictor with these neurons' rows set; x, float32 [FEW_TOKENS, hidden], says how high scores are."""
     fc1, fc2 = (torch.from_numpy(matrix).to(x.device) for matrix in stored.matrices())
     hidden = torch.relu(x @ fc1.T)
     highest = (hidden @ fc2.T).max().clamp_min(1.0)

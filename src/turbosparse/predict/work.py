@@ -24,13 +24,12 @@ from turbosparse.predict.fit import BATCH, Tokens, fit
 from turbosparse.predict.measure import Curve, LayerQuality, curve, edges
 from turbosparse.predict.ranks import cost, share_out, tried
 from turbosparse.predict.sensitivity import sensitivities
-from turbosparse.predict.sinks import always_selecting, sinks
+from turbosparse.predict.sinks import FEW_TOKENS, always_selecting, sinks
 from turbosparse.predict.wish import Wish
 from turbosparse.predict.write import StoredPredictor
 
 HELD_OUT = 8  # of so many windows, one sets the threshold or, every other time, is measured on
 _FEW_WINDOWS = 16  # for sensitivities and ranks
-_FEW_TOKENS = 2048  # that tell how high scores are
 _FEWEST_STEPS = 100
 _SEED = 1
 
@@ -129,7 +128,7 @@ class Work:
         largest = torch.from_numpy(tokens.mass[~self._measured].max(0)).to(self._device).float()
         always = sinks(largest, worth)
         stored = self._kept(layer) if self._wish.keep else self._fit(layer, tokens, torch.where(always, 0.0, worth))
-        stored = always_selecting(stored, always, tuned.batch(slice(_FEW_TOKENS), self._device)[0])
+        stored = always_selecting(stored, always, tuned.batch(slice(FEW_TOKENS), self._device)[0])
         fc1, fc2 = (torch.from_numpy(matrix).to(self._device) for matrix in stored.matrices())
         scores = edges(tuned, fc1, fc2)
         return Fitted(stored, *(curve(part, fc1, fc2, worth, scores) for part in (tuned, measured)))
