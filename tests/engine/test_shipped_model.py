@@ -117,6 +117,7 @@ def _reference() -> TurboSparseLlamaForCausalLM:
     engine_config = Engine.load(MODEL).config
     config = TurboSparseLlamaConfig(
         activation="drelu",
+        activation_threshold=list(engine_config.activation_thresholds or ()) or None,
         hidden_size=engine_config.hidden_size,
         intermediate_size=engine_config.ffn_size,
         num_hidden_layers=engine_config.n_layers,
