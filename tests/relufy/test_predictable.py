@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import turbosparse  # noqa: F401  registers the sparse model types
 from turbosparse.errors import UserError
 from turbosparse.relufy.objective import NextToken, ffns, last_hidden
-from turbosparse.relufy.predictable import STRIDE, Predictors, missed_share, rank_for, sampled
+from turbosparse.relufy.predictable import Predictors, missed_share, rank_for, sampled
 from turbosparse.relufy.recipes import Predictability
 from turbosparse.relufy.slopes import use_soft_slopes
 from turbosparse.relufy.validate import validate
@@ -44,8 +44,9 @@ def _batch(ids) -> dict[str, torch.Tensor]:
 
 def test_a_sample_leaves_out_the_first_token_but_is_never_empty():
     x = torch.arange(20.0)[None, :, None]
-    assert sampled(x).flatten().tolist() == [STRIDE // 2, STRIDE // 2 + STRIDE]
-    assert sampled(x[:, :1]).flatten().tolist() == [0]
+    assert sampled(x, 8).flatten().tolist() == [4, 12]
+    assert sampled(x[:, :4], 1).flatten().tolist() == [1, 2, 3]
+    assert sampled(x[:, :1], 8).flatten().tolist() == [0]
 
 
 def test_missed_share_does_not_fall_with_the_size_of_h_and_moves_it_to_where_it_is_expected():
@@ -75,12 +76,12 @@ def test_the_term_reaches_silent_neurons_only_by_soft_slopes(model, soft):
         use_soft_slopes(model)
     _, predictors = _watched(model)
     mlp, fires = ffns(model)[-1], []
-    mlp.down_proj.register_forward_hook(lambda _module, inputs, _output: fires.append(sampled(inputs[0]) != 0))
+    mlp.down_proj.register_forward_hook(lambda _module, inputs, _output: fires.append(sampled(inputs[0], 8) != 0))
     gates = []
     mlp.gate_proj.register_forward_hook(lambda _module, _inputs, output: gates.append(output))
     mlp.gate_proj.register_forward_hook(lambda _module, _inputs, output: output.retain_grad())
     _penalty(model, predictors, _ids(2)).backward()
-    felt = sampled(gates[0].grad) != 0
+    felt = sampled(gates[0].grad, 8) != 0
     assert felt.any()
     assert (felt & ~fires[0]).any() == soft
 
@@ -95,8 +96,8 @@ def test_gradients_are_those_of_the_loss_of_train_predictors(model):
     with torch.no_grad():
         layer.fc2 = layer.fc2 + 0.3 * torch.randn(layer.fc2.shape)
     seen = []
-    mlp.down_proj.register_forward_hook(lambda _module, inputs, _output: seen.append(sampled(inputs[0]).detach()))
-    mlp.register_forward_pre_hook(lambda _module, inputs: seen.append(sampled(inputs[0]).detach()))
+    mlp.down_proj.register_forward_hook(lambda _module, inputs, _output: seen.append(sampled(inputs[0], 8).detach()))
+    mlp.register_forward_pre_hook(lambda _module, inputs: seen.append(sampled(inputs[0], 8).detach()))
     last_hidden(model, _ids(4), None)
     x, h = seen
     fc1, fc2 = (matrix.clone().requires_grad_() for matrix in (layer.fc1, layer.fc2))

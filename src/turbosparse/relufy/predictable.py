@@ -30,7 +30,6 @@ from turbosparse.relufy.objective import ffns, last_hidden
 from turbosparse.relufy.recipes import Predictability
 from turbosparse.relufy.sparsity import ActivationTap
 
-STRIDE = 8  # tokens between those that are looked at
 _BETAS = (0.9, 0.98)
 _WIDTH = 0.5  # of the step from not selected to selected, in the unit of scores, which are logarithms
 _MOVE = 0.5  # of a threshold, in a step, over the logarithm of how many times too many neurons it selects
@@ -40,9 +39,10 @@ _BINS = 4000  # of scores, from minus to plus the largest
 _LARGEST_SCORE = 20.0
 
 
-def sampled(x_BTF: Tensor) -> Tensor:
-    """Every eighth token, [N, ...]; never a window's first, which attention makes a sink unlike all other tokens."""
-    return x_BTF[:, min(STRIDE // 2, x_BTF.shape[1] - 1) :: STRIDE].flatten(0, 1)
+def sampled(x_BTF: Tensor, stride: int) -> Tensor:
+    """Every stride-th token, [N, ...]; not a window's first, which attention makes a sink unlike all other tokens."""
+    first = min((stride + 1) // 2, x_BTF.shape[1] - 1)
+    return x_BTF[:, first::stride].flatten(0, 1)
 
 
 def missed_share(mass_NF: Tensor, score_NF: Tensor, threshold: Tensor) -> Tensor:
@@ -59,14 +59,15 @@ class LayerPredictor:
     """The predictor of one FFN, score = fc2 relu(fc1 x); is the FFN's tap, and hears its input by a hook.
 
     Attributes:
+        stride: tokens between those that are looked at.
         fc1, fc2: float32 [R, D] and [F, R]; a neuron is selected where its score reaches `threshold`, a scalar.
         missed: of the last forward pass, the share of |h| that was not expected, with the gradient for the model.
         lesson: of the last forward pass, the gradients of the predictor's own loss by fc1 and fc2, and [2], the shares
             of neurons that it selects and that fire.
     """
 
-    def __init__(self, fc1: Tensor, fc2: Tensor, threshold: Tensor) -> None:
-        self.fc1, self.fc2, self.threshold = fc1, fc2, threshold
+    def __init__(self, fc1: Tensor, fc2: Tensor, threshold: Tensor, stride: int) -> None:
+        self.fc1, self.fc2, self.threshold, self.stride = fc1, fc2, threshold, stride
         self.missed: Tensor | None = None
         self.lesson: tuple[Tensor, Tensor, Tensor] | None = None
         self._x_ND: Tensor | None = None
@@ -78,7 +79,7 @@ class LayerPredictor:
         mlp.tap = self
 
     def _hear(self, _mlp: nn.Module, inputs: tuple[Tensor]) -> None:
-        self._x_ND = sampled(inputs[0].detach())
+        self._x_ND = sampled(inputs[0].detach(), self.stride)
 
     def scores(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of the input last heard, without gradient: x [N, D], relu(fc1 x) [N, R] and the scores [N, F]."""
@@ -90,7 +91,7 @@ class LayerPredictor:
 
     def __call__(self, gate_BTF: Tensor, up_BTF: Tensor, h_BTF: Tensor) -> None:
         self._statistics(gate_BTF, up_BTF, h_BTF)
-        h_NF = sampled(h_BTF).float()
+        h_NF = sampled(h_BTF, self.stride).float()
         # Of dReLU, h is |h| as it is, and abs() would take the slope from silent neurons that have one (slopes.py).
         mass_NF = h_NF.abs() if self._statistics.gate_only else h_NF
         x_ND, z_NR, score_NF = self.scores()
@@ -124,7 +125,7 @@ class SelectionTap:
 
     def __call__(self, gate_BTF: Tensor, up_BTF: Tensor, h_BTF: Tensor) -> None:
         self._statistics(gate_BTF, up_BTF, h_BTF)
-        mass = sampled(h_BTF).abs().double().flatten()
+        mass = sampled(h_BTF, self._predictor.stride).abs().double().flatten()
         score = self._predictor.scores()[2].float().flatten()
         bins = ((score + _LARGEST_SCORE) * (_BINS / (2 * _LARGEST_SCORE))).long().clamp(0, _BINS - 1)
         self._counts.index_add_(0, bins, torch.ones_like(mass))
@@ -165,7 +166,7 @@ class Predictors:
         self._sums: list[Tensor] | None = None  # of the gradients and shares of the micro-batches of a step
         self._batches = 0
         self.layers = [
-            LayerPredictor(rows, columns, threshold)
+            LayerPredictor(rows, columns, threshold, settings.stride)
             for rows, columns, threshold in zip(self._rows, self._columns, self._thresholds.unbind(), strict=True)
         ]
 
@@ -183,7 +184,7 @@ class Predictors:
             seed: of the directions that the predictors look at first.
             dtype: of the residual stream, as in last_hidden.
         """
-        seen = _watch(self._model, batches, dtype)
+        seen = _watch(self._model, batches, dtype, self._settings.stride)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             for index, (x_ND, mass_NF) in enumerate(seen):
@@ -280,19 +281,25 @@ def rank_for(share: float, hidden: int, neurons: int) -> int:
 class _Watch:
     """Tap that keeps the input and |h| of some tokens."""
 
-    def __init__(self, mlp: Any) -> None:
+    def __init__(self, mlp: Any, stride: int) -> None:
+        self._stride = stride
         self.x_ND: list[Tensor] = []
         self.mass_NF: list[Tensor] = []
-        self.handle = mlp.register_forward_pre_hook(lambda _mlp, inputs: self.x_ND.append(sampled(inputs[0]).float()))
+        self.handle = mlp.register_forward_pre_hook(self._hear)
+
+    def _hear(self, _mlp: nn.Module, inputs: tuple[Tensor]) -> None:
+        self.x_ND.append(sampled(inputs[0], self._stride).float())
 
     def __call__(self, gate_BTF: Tensor, up_BTF: Tensor, h_BTF: Tensor) -> None:
-        self.mass_NF.append(sampled(h_BTF).float().abs())
+        self.mass_NF.append(sampled(h_BTF, self._stride).float().abs())
 
 
-def _watch(model: Any, batches: Iterable[Tensor], dtype: torch.dtype | None) -> Sequence[tuple[Tensor, Tensor]]:
+def _watch(
+    model: Any, batches: Iterable[Tensor], dtype: torch.dtype | None, stride: int
+) -> Sequence[tuple[Tensor, Tensor]]:
     """X [N, D] and |h| [N, F] of every layer."""
     mlps = ffns(model)
-    old, watches = [mlp.tap for mlp in mlps], [_Watch(mlp) for mlp in mlps]
+    old, watches = [mlp.tap for mlp in mlps], [_Watch(mlp, stride) for mlp in mlps]
     for mlp, watch in zip(mlps, watches, strict=True):
         mlp.tap = watch
     try:

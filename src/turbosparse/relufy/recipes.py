@@ -91,6 +91,7 @@ class Predictability(_Strict):
     selected: float = Field(default=1.5, gt=0, description="neurons that are expected to fire, over those that do")
     ramp: float = Field(default=0.2, ge=0, le=1, description="share of the stage over which the weight rises from 0")
     learning_rate: float = Field(default=1e-2, gt=0, description="of the networks; has the stage's schedule")
+    stride: int = Field(default=8, gt=0, description="tokens between those that are looked at")
 
 
 class Stage(_Strict):
