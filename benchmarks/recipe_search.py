@@ -88,6 +88,7 @@ def _runs(adapt_tokens: int, gpus: int) -> dict[str, Run]:
     """Every run by name, the more telling first."""
     adapt = _TRAIN | {"tokens": adapt_tokens, "schedule": "constant"}
     dense = _TRAIN | {"warmup": 0.0}
+    best: dict[str, Any] = {"soft_slopes": True, "batch_tokens": 32768}
     return {
         "adapt": Run("smollm2-135m-dense", adapt, gpus=gpus),
         "control": Run("adapt", dense),
@@ -101,7 +102,9 @@ def _runs(adapt_tokens: int, gpus: int) -> dict[str, Run]:
         "batch-32k": _arm(batch_tokens=32768),
         "lr-2e-3": _arm(learning_rate=2e-3),
         "all-three": _arm("warm-soft", soft_slopes=True, batch_tokens=32768, learning_rate=2e-3),
-        "soft-32k": _arm("warm-soft", soft_slopes=True, batch_tokens=32768),
+        "soft-32k": _arm("warm-soft", **best),
+        "watched": _arm("warm-soft", predictability={"weight": 0.0}, **best),
+        "predictable": _arm("warm-soft", predictability={"weight": 1.0}, **best),
         "batch-16k": _arm(batch_tokens=16384),
         "control-long": Run("adapt", dense | {"eval_every": _LONG_EVAL, "schedule": _LONG_SCHEDULE}, long=True),
         "base-long": _arm(long=True),
@@ -235,8 +238,9 @@ class Search:
 
     def table(self) -> None:
         """Write table.md."""
-        keys = ["web", "code", "math", "ce", "sparsity_h", "sparsity_gate", "min_layer_sparsity_h"]
-        lines = ["| run | tokens | web | code | math | mean | zeros | gate closed | least layer |", "|" + " --- |" * 9]
+        keys = ["web", "code", "math", "ce", "sparsity_h", "sparsity_gate", "min_layer_sparsity_h", "selected_98"]
+        heads = ["run", "tokens", *keys[:3], "mean", "zeros", "gate closed", "least layer", "selected for 98 %"]
+        lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
         for row in filter(None, map(self.collect, self.runs)):
             cells = [f"{row[key]:.4f}" if key in row else "-" for key in keys]
             note = "" if row["done"] else " (failed)" if row["name"] in self.failed else " (not finished)"

@@ -14,7 +14,7 @@ from turbosparse.relufy.trainer import train_from_recipe
 
 _STAGES = [
     {"name": "recover", "objective": "cross_entropy", "tokens": 768, "device_windows": 1, "save_every": 5}
-    | {"distillation": {"teacher": "dense", "share": 0.5}},
+    | {"distillation": {"teacher": "dense", "share": 0.5}, "predictability": {"weight": 1.0}},
     {"name": "warm", "objective": "layerwise", "teacher": "dense", "tokens": 512, "sides": "best"}
     | {"sparsity": {"target_rate": 0.2, "weight": 0.5}},
 ]
@@ -54,7 +54,7 @@ def test_two_processes_take_the_steps_of_one(runs):
     alone, shared = (_log(run / "1-recover") for run in runs)
     assert [record["tokens"] for record in alone] == [record["tokens"] for record in shared]
     for one, two in zip(alone, shared, strict=True):
-        for key in {"ce", "ce_a", "ce_b", "mixed_ce", "grad_norm", "sparsity_h"} & one.keys():
+        for key in {"ce", "ce_a", "ce_b", "mixed_ce", "grad_norm", "sparsity_h", "missed"} & one.keys():
             assert two[key] == pytest.approx(one[key], rel=1e-3), (one["step"], key)
 
 

@@ -17,7 +17,7 @@ _STAGES = """
  - {name: warm, objective: layerwise, teacher: dense, tokens: 2048, batch_tokens: 64, device_windows: 4,
     learning_rate: 1.0e-3, sides: best, sparsity: {target_rate: 0.2, weight: 0.5}}
  - {name: recover, objective: cross_entropy, tokens: 640, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2,
-    distillation: {teacher: dense, share: 0.5}, soft_slopes: true, ffn_lr: 2,
+    distillation: {teacher: dense, share: 0.5}, soft_slopes: true, ffn_lr: 2, predictability: {selected: 1.2},
     sparsity: {target_rate: 0.1, weight: 1.0, threshold: 0.2}, eval_every: 5, save_every: 3}
 """
 
@@ -55,11 +55,12 @@ def test_stages_learn_and_log_loss_and_sparsity_per_domain(whole_run):
     recover = _log(whole_run / "2-recover")
     steps = [record for record in recover if "loss" in record]
     assert len(steps) == 10 and steps[-1]["tokens"] == 640
-    assert {"ce", "ce_a", "ce_b", "mixed_ce", "penalty", "sparsity_h", "learning_rate"} <= steps[-1].keys()
+    assert {"ce", "ce_a", "ce_b", "mixed_ce", "penalty", "missed", "sparsity_h", "learning_rate"} <= steps[-1].keys()
     checks = [record for record in recover if "validation" in record]
     assert [record["step"] for record in checks] == [5, 10]
     assert checks[-1]["mean"]["ce"] < checks[0]["mean"]["ce"]
     assert 0 < checks[-1]["validation"]["a"]["sparsity_h"] < 1
+    assert 0 < checks[-1]["validation"]["a"]["selected_98"] <= checks[-1]["validation"]["a"]["max_layer_selected_98"]
     metrics = json.loads((whole_run / "2-recover" / "metrics.json").read_text())
     assert metrics["eval_a_ce"] == checks[-1]["validation"]["a"]["ce"]
     config = json.loads((whole_run / "2-recover" / "config.json").read_text())

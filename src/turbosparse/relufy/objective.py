@@ -52,6 +52,16 @@ def shifted(hidden_BTD: Tensor, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
     return hidden_BTD[:, :-1].reshape(-1, hidden_BTD.shape[-1]), ids_BT[:, 1:].reshape(-1)
 
 
+class Agreement(Protocol):
+    """What a model pays where others cannot tell what it will do (predictable.py)."""
+
+    def attach(self) -> None:
+        """Watch the model, after all others that watch it."""
+
+    def penalty(self, progress: float, metrics: dict[str, Tensor]) -> Tensor:
+        """Of the last forward pass."""
+
+
 class _SparsityTerm:
     """The penalty and the activation rates that every objective shares."""
 
@@ -75,10 +85,11 @@ class _SparsityTerm:
 
 
 class NextToken:
-    """Cross-entropy on the text, mixed with a teacher's probabilities where one is given, plus the sparsity penalty.
+    """Cross-entropy on the text, mixed with a teacher's probabilities where one is given, plus the penalties.
 
     Args:
         distillation: how to learn from `teacher`; None without one.
+        agreement: one more penalty; None without it.
     """
 
     def __init__(
@@ -89,8 +100,11 @@ class NextToken:
         distillation: Distillation | None = None,
         dtype: torch.dtype | None = None,
         compiled: bool = False,
+        agreement: Agreement | None = None,
     ) -> None:
-        self._sparsity = _SparsityTerm(ffns(student), sparsity)
+        self._sparsity, self._agreement = _SparsityTerm(ffns(student), sparsity), agreement
+        if agreement is not None:
+            agreement.attach()
         self._teacher, self._share = teacher, distillation.share if distillation else 0.0
         self._dtype, self._compiled = dtype, compiled
 
@@ -118,7 +132,10 @@ class NextToken:
         metrics = {"ce": ce_N.mean(), "window_ce": ce_N.view(ids_BT.shape[0], -1).mean(-1), "domain": batch["domain"]}
         if teacher is not None:
             metrics["mixed_ce"] = loss.detach()
-        return Loss(loss + self._sparsity(progress, metrics), metrics)
+        loss = loss + self._sparsity(progress, metrics)
+        if self._agreement is not None:
+            loss = loss + self._agreement.penalty(progress, metrics)
+        return Loss(loss, metrics)
 
 
 class Layerwise:

@@ -72,6 +72,8 @@ class ProgressLog:
         self._append({"step": step, "tokens": step * self._tokens_per_step, "validation": results, "mean": mean})
         losses = "  ".join(f"{domain} {result['ce']:.4f}" for domain, result in results.items())
         zeros = f"  zeros {mean['sparsity_h']:.2%}" if "sparsity_h" in mean else ""
+        if "selected_98" in mean:
+            zeros += f"  selected for 98 % of |h| {mean['selected_98']:.2f}"
         print(f"{self._stage.name} {step:6d}  validation  {losses}  mean {mean['ce']:.4f}{zeros}", file=sys.stderr)
 
     def _append(self, record: Mapping[str, Any]) -> None:
@@ -81,7 +83,7 @@ class ProgressLog:
     def _show(self, record: Mapping[str, Any]) -> None:
         step, speed = record["step"], record.get("tokens_per_second")
         parts = [f"{self._stage.name} {step:6d}/{self._max_steps}  loss {record['loss']:.4f}"]
-        parts += [f"{key} {record[key]:.4f}" for key in ("ce", "relative_error", "penalty") if key in record]
+        parts += [f"{key} {record[key]:.4f}" for key in ("ce", "relative_error", "penalty", "missed") if key in record]
         if "sparsity_h" in record:
             parts.append(f"zeros {record['sparsity_h']:.2%}")
         if speed:

@@ -83,6 +83,17 @@ class Distillation(_Strict):
     share: float = Field(default=0.9, ge=0, le=1)
 
 
+class Predictability(_Strict):
+    """Small networks learn beside the model which neurons fire, and the model to agree with them (predictable.py)."""
+
+    weight: float = Field(default=1.0, ge=0, description="of the share of |h| that is not expected; 0 only watches")
+    share: float = Field(default=0.1, gt=0, lt=1, description="weights of the networks over those of the FFNs")
+    selected: float = Field(default=1.5, gt=0, description="neurons that are expected to fire, over those that do")
+    ramp: float = Field(default=0.2, ge=0, le=1, description="share of the stage over which the weight rises from 0")
+    learning_rate: float = Field(default=1e-2, gt=0, description="of the networks; has the stage's schedule")
+    stride: int = Field(default=8, gt=0, description="tokens between those that are looked at")
+
+
 class Stage(_Strict):
     """One pass of training with one objective.
 
@@ -107,6 +118,7 @@ class Stage(_Strict):
     teacher: str | None = None
     sides: Literal["best", "one"] | None = Field(default=None, description="for a fresh dReLU swap: see allot.py")
     soft_slopes: bool = Field(default=False, description="of a sparse model: neurons that are off learn, see slopes.py")
+    predictability: Predictability | None = None
     distillation: Distillation | None = None
     eval_every: int | None = Field(default=None, gt=0, description="steps")
     save_every: int | None = Field(default=None, gt=0, description="steps")
@@ -119,6 +131,8 @@ class Stage(_Strict):
             raise ValueError("`sides` belongs to the layerwise objective")
         if self.objective == "layerwise" and self.distillation is not None:
             raise ValueError("`distillation` belongs to the cross_entropy objective")
+        if self.objective == "layerwise" and self.predictability is not None:
+            raise ValueError("`predictability` belongs to the cross_entropy objective")
         return self
 
 

@@ -28,6 +28,7 @@ from turbosparse.relufy.allot import allot_neurons
 from turbosparse.relufy.data import Mixture, build_mixture, check_sources, validation_windows
 from turbosparse.relufy.objective import Layerwise, NextToken, Objective, ffns
 from turbosparse.relufy.optimizer import make_adamw
+from turbosparse.relufy.predictable import Predictors
 from turbosparse.relufy.processes import any_process, share, shared_loss, this_process
 from turbosparse.relufy.progress import ProgressLog
 from turbosparse.relufy.recipes import Recipe, Stage, load_recipe
@@ -38,6 +39,7 @@ from turbosparse.relufy.threshold import set_thresholds
 from turbosparse.relufy.validate import mean_over_domains, validate
 
 _COMPLETE = "COMPLETE"  # written last into a checkpoint: one without it was interrupted and is never read
+_PREDICTORS = "predictability.pt"  # of a checkpoint
 _PROBE_WINDOWS = 32  # to look at a model's activations before it trains
 # In this order where a GPU has several: on an H100 cuDNN's took half the time of flash forward, two thirds backward.
 _ATTENTION = [
@@ -60,13 +62,16 @@ class RecoveryTrainer(Trainer):
         domains: list[str],
         progress_log: ProgressLog,
         dtype: torch.dtype | None,
+        predictors: Predictors | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         # All windows have the same number of tokens, so the mean over micro-batches is the mean over tokens.
         self.model_accepts_loss_kwargs = False
         self.objective, self.stage, self.windows, self.domains = objective, stage, windows, domains
-        self.progress_log, self.compute_dtype = progress_log, dtype
+        self.progress_log, self.compute_dtype, self.predictors = progress_log, dtype, predictors
+        if predictors is not None:
+            self.add_callback(_PredictorsStep(predictors, stage))
         self._evaluated: tuple[int, dict[str, float]] | None = None
         self.remove_callback(PrinterCallback)
 
@@ -107,7 +112,8 @@ class RecoveryTrainer(Trainer):
         """Loss and sparsity of every validation domain, once a step; also into the log."""
         if self._evaluated is not None and self._evaluated[0] == self.state.global_step:
             return self._evaluated[1]
-        results = validate(self.model, self.windows, self.args.device, self.compute_dtype)
+        layers = self.predictors.layers if self.predictors is not None else None
+        results = validate(self.model, self.windows, self.args.device, self.compute_dtype, layers)
         mean = mean_over_domains(results)
         self.progress_log.write_validation(self.state.global_step, results, mean)
         metrics = {f"eval_{domain}_{key}": value for domain, result in results.items() for key, value in result.items()}
@@ -117,8 +123,21 @@ class RecoveryTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.predictors is not None and this_process().is_main_process:
+            self.predictors.save(folder / _PREDICTORS)
         this_process().wait_for_everyone()  # each writes its own random state
-        (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / _COMPLETE).touch()
+        (folder / _COMPLETE).touch()
+
+
+class _PredictorsStep(TrainerCallback):
+    """Lets the predictors learn when the model has."""
+
+    def __init__(self, predictors: Predictors, stage: Stage) -> None:
+        self._predictors, self._stage = predictors, stage
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._predictors.step(learning_rate_share(self._stage, state.global_step / state.max_steps))
 
 
 class _TimeLimit(TrainerCallback):
@@ -231,8 +250,30 @@ def _prepare(stage: Stage, model: Any, teacher: Any, probes: list[Tensor], dtype
             set_thresholds(model, stage.sparsity.threshold, probes, dtype)
 
 
+def _predictors(
+    stage: Stage, model: Any, probes: list[Tensor], seed: int, checkpoint: Path | None, dtype: torch.dtype | None
+) -> Predictors | None:
+    """The predictors that learn beside the model, as a checkpoint left them or new."""
+    if stage.predictability is None:
+        return None
+    predictors = Predictors(model, stage.predictability)
+    if checkpoint is not None:
+        predictors.load(checkpoint / _PREDICTORS)
+        return predictors
+    device = probes[0].device
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        predictors.begin(probes, seed, dtype)
+    return predictors
+
+
 def _objective(
-    recipe: Recipe, stage: Stage, model: Any, teacher: Any, device: torch.device, dtype: torch.dtype | None
+    recipe: Recipe,
+    stage: Stage,
+    model: Any,
+    teacher: Any,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    predictors: Predictors | None,
 ) -> Objective:
     compiled = recipe.compile and device.type == "cuda"
     if stage.soft_slopes:
@@ -248,7 +289,7 @@ def _objective(
         _compile(list(model.model.layers))
         if teacher is not None:
             _compile(list(teacher.model.layers))
-    return NextToken(model, stage.sparsity, teacher, stage.distillation, dtype, compiled)
+    return NextToken(model, stage.sparsity, teacher, stage.distillation, dtype, compiled, predictors)
 
 
 def _mixture(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, stage_index: int) -> Mixture:
@@ -283,9 +324,11 @@ def _run_stage(
             for held in recipe.data.validation
         }
     teacher = _teacher(stage, model.to(device), device, dtype)
+    probes = _probes(mixture, device)
     if checkpoint is None:
-        _prepare(stage, model, teacher, _probes(mixture, device), dtype)
-    objective = _objective(recipe, stage, model, teacher, device, dtype)
+        _prepare(stage, model, teacher, probes, dtype)
+    predictors = _predictors(stage, model, probes, recipe.seed, checkpoint, dtype)
+    objective = _objective(recipe, stage, model, teacher, device, dtype, predictors)
     trainer = RecoveryTrainer(
         model=model,
         args=arguments,
@@ -298,13 +341,14 @@ def _run_stage(
         domains=[held.domain for held in recipe.data.sources],
         progress_log=ProgressLog(partial / "log.jsonl", stage, arguments.max_steps, recipe.data.context),
         dtype=dtype,
+        predictors=predictors,
         callbacks=[_TimeLimit(max_seconds)],
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < arguments.max_steps:
         return None
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        settle_roles(model, _probes(mixture, device), dtype)
+        settle_roles(model, probes, dtype)
     metrics = trainer.evaluate()
     if process.is_main_process:
         _finish(partial, folder, model, tokenizer, Path(source), metrics)
