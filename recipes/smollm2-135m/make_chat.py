@@ -48,7 +48,7 @@ def _word_problem(text: str) -> tuple[str, str] | None:
 
 
 def _functions(text: str) -> Iterator[tuple[str, str]]:
-    """Top-level functions of a Python file that their docstring's first sentence asks for."""
+    """Top-level functions of a Python file that their docstring's first paragraph asks for."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about the file's own string escapes
             body = ast.parse(text).body

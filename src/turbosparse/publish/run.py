@@ -71,7 +71,11 @@ def _tokens(log: Path) -> int:
 
 
 def _stages_before(recipe: dict[str, Any]) -> list[Stage]:
-    """The stages of the run that this one goes on from, where its `model` is a stage of one and still lies there."""
+    """The stages of the run that this one goes on from.
+
+    None where its `model` is no stage of a run, is not there now, or is named by a relative path, which was relative
+    to the recipe's first place.
+    """
     source = Path(os.path.expandvars(str(recipe.get("model", ""))))
     if not source.is_absolute() or not (source.parent / "recipe.yaml").is_file():
         return []

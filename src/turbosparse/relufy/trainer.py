@@ -219,7 +219,7 @@ def _load_tokenizer(folder: str) -> Any:
 def _compile(blocks: list[nn.Module]) -> None:
     """Compile block by block: all layers share one compiled graph, which takes seconds instead of minutes."""
     torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.optimize_ddp = False  # would cut every block where DDP's buckets end; blocks overlap anyway
+    torch._dynamo.config.optimize_ddp = False  # may cut blocks where DDP's buckets end; they overlap anyway
     for block in blocks:
         block.compile()
 
