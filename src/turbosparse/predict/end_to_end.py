@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from turbosparse.predict.fit import COST, LARGEST
+from turbosparse.predict.fit import COST, LARGEST, by_score
 from turbosparse.predict.pace import Pace, rate, shares
 from turbosparse.predict.stack import Stack
 from turbosparse.predict.together import Ground, Text
@@ -94,7 +94,7 @@ class _Masks:
         m = (h.abs().float() * self._ground.scale[layer]).clamp_max_(LARGEST)
         at_threshold = COST * self._thresholds[layer].exp().clamp_min(_LOWEST)
         weight = self._anchor / (score.shape[:-1].numel() * at_threshold)
-        return (torch.sigmoid(score.float()) * (m + COST) - m).mul_(weight).to(score.dtype)
+        return by_score(score, m).mul_(weight).to(score.dtype)
 
 
 def refine(

@@ -64,6 +64,11 @@ def root_nats(mass: Tensor, worth: Tensor) -> Tensor:
     return effect / (mass * effect).mean().clamp_min(1e-12)
 
 
+def by_score(score: Tensor, m: Tensor) -> Tensor:
+    """The gradient of the loss above by the scores, float32; both of one shape, summed over nothing."""
+    return torch.sigmoid(score.float()).mul_(m + COST).sub_(m)
+
+
 def fit(
     tokens: Tokens,
     worth: Tensor,
@@ -101,8 +106,7 @@ def fit(
         if 2 * step >= steps:
             fc1, fc2 = rounded(fc1, kind), rounded(fc2, kind)
         score = torch.relu(x @ fc1.T) @ fc2.T
-        # The gradient of the loss above; the loss itself is never needed.
-        gradient = (mass + COST) * torch.sigmoid(score.detach()) - mass
+        gradient = by_score(score.detach(), mass)  # the loss itself is never needed
         optimizer.zero_grad()
         score.backward(gradient / len(x))
         optimizer.step()

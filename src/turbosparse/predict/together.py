@@ -15,7 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from turbosparse.predict.fit import COST, LARGEST, RATE, Tokens, root_nats
+from turbosparse.predict.fit import LARGEST, RATE, Tokens, by_score, root_nats
 from turbosparse.predict.pace import Pace, rate, shares
 from turbosparse.predict.sinks import sinks
 from turbosparse.predict.stack import Stack, whitenings
@@ -128,5 +128,5 @@ def _backward(stack: Stack, x: Tensor, m: Tensor, rounding: bool) -> None:
         fc1, fc2 = stack.matrices(rounding)
         score = torch.relu(x @ fc1.mT) @ fc2.mT
     with torch.no_grad():
-        gradient = torch.sigmoid(score.float()).mul_(m + COST).sub_(m).div_(x.shape[1])
+        gradient = by_score(score, m).div_(x.shape[1])
     score.backward(gradient.to(score.dtype))

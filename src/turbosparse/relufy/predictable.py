@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from turbosparse.errors import UserError
-from turbosparse.predict.fit import COST, LARGEST, start, whitening
+from turbosparse.predict.fit import LARGEST, by_score, start, whitening
 from turbosparse.relufy.drelu import SparseGLU
 from turbosparse.relufy.objective import ffns, last_hidden
 from turbosparse.relufy.recipes import Predictability
@@ -102,8 +102,7 @@ class LayerPredictor:
     def _learn(self, x_ND: Tensor, z_NR: Tensor, score_NF: Tensor, mass_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the loss of predict/fit.py, where a neuron's worth is its |h|."""
         m_NF = (mass_NF / (mass_NF.mean() + 1e-12)).clamp_max(LARGEST)
-        by_score_NF = ((m_NF + COST) * torch.sigmoid(score_NF) - m_NF) / len(x_ND)
-        by_score_NF = by_score_NF.to(z_NR.dtype)
+        by_score_NF = by_score(score_NF, m_NF).div_(len(x_ND)).to(z_NR.dtype)
         by_z_NR = (by_score_NF @ self.fc2.to(z_NR.dtype)) * (z_NR > 0)
         shares = torch.stack([(score_NF >= self.threshold).float().mean(), (mass_NF > 0).float().mean()])
         return (by_z_NR.T @ x_ND.to(z_NR.dtype)).float(), (by_score_NF.T @ z_NR).float(), shares
