@@ -35,8 +35,6 @@ _WIDTH = 0.5  # of the step from not selected to selected, in the unit of scores
 _MOVE = 0.5  # of a threshold, in a step, over the logarithm of how many times too many neurons it selects
 _FARTHEST_MOVE = 1.0
 _START_TOKENS = 8192
-_BINS = 4000  # of scores, from minus to plus the largest
-_LARGEST_SCORE = 20.0
 
 
 def sampled(x_BTF: Tensor, stride: int) -> Tensor:
@@ -106,36 +104,6 @@ class LayerPredictor:
         by_z_NR = (by_score_NF @ self.fc2.to(z_NR.dtype)) * (z_NR > 0)
         shares = torch.stack([(score_NF >= self.threshold).float().mean(), (mass_NF > 0).float().mean()])
         return (by_z_NR.T @ x_ND.to(z_NR.dtype)).float(), (by_score_NF.T @ z_NR).float(), shares
-
-
-class SelectionTap:
-    """In the place of a LayerPredictor during validation: counts what is selected at every threshold.
-
-    Args:
-        predictor: whose hook stays on the FFN.
-        statistics: the tap to call first.
-    """
-
-    def __init__(self, predictor: LayerPredictor, statistics: ActivationTap) -> None:
-        self._predictor, self._statistics = predictor, statistics
-        # Per bin of scores: neurons, and their |h|; fires: how many of all neurons do.
-        self._counts, self._mass = predictor.threshold.new_zeros((2, _BINS), dtype=torch.float64)
-        self._fires = predictor.threshold.new_zeros((), dtype=torch.float64)
-
-    def __call__(self, gate_BTF: Tensor, up_BTF: Tensor, h_BTF: Tensor) -> None:
-        self._statistics(gate_BTF, up_BTF, h_BTF)
-        mass = sampled(h_BTF, self._predictor.stride).abs().double().flatten()
-        score = self._predictor.scores()[2].float().flatten()
-        bins = ((score + _LARGEST_SCORE) * (_BINS / (2 * _LARGEST_SCORE))).long().clamp(0, _BINS - 1)
-        self._counts.index_add_(0, bins, torch.ones_like(mass))
-        self._mass.index_add_(0, bins, mass)
-        self._fires += (mass > 0).sum()
-
-    def selected(self, kept: float) -> Tensor:
-        """Neurons selected, over neurons that fire, at the highest threshold that keeps this share of |h|; scalar."""
-        mass = self._mass.flip(0).cumsum(0)
-        first = torch.searchsorted(mass, kept * mass[-1]).clamp_max(_BINS - 1)
-        return self._counts.flip(0).cumsum(0)[first] / self._fires.clamp_min(1.0)
 
 
 class Predictors:

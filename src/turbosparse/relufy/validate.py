@@ -10,7 +10,8 @@ from torch import Tensor
 
 from turbosparse.relufy.distill import token_cross_entropy
 from turbosparse.relufy.objective import ffns, last_hidden, shifted, softcap_of
-from turbosparse.relufy.predictable import LayerPredictor, SelectionTap
+from turbosparse.relufy.predictable import LayerPredictor
+from turbosparse.relufy.selection import SelectionTap
 from turbosparse.relufy.sparsity import attach_taps
 
 _WINDOWS_PER_PASS = 32
