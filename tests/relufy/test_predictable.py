@@ -42,6 +42,13 @@ def _batch(ids) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "domain": torch.zeros(len(ids), dtype=torch.long)}
 
 
+def test_they_start_in_float32_whatever_the_model_computes_in(model):
+    predictors = Predictors(model, Predictability())
+    with torch.autocast("cpu", torch.bfloat16):  # as a GPU's training has it, whose decompositions refuse bfloat16
+        predictors.begin([_ids()], 3, torch.bfloat16)
+    assert all(layer.fc1.dtype == layer.fc2.dtype == torch.float32 for layer in predictors.layers)
+
+
 def test_a_sample_leaves_out_the_first_token_but_is_never_empty():
     x = torch.arange(20.0)[None, :, None]
     assert sampled(x, 8).flatten().tolist() == [4, 12]

@@ -152,6 +152,13 @@ class Predictors:
             dtype: of the residual stream, as in last_hidden.
         """
         seen = _watch(self._model, batches, dtype, self._settings.stride)
+        with torch.autocast(self._white.device.type, enabled=False):  # decompositions want float32
+            self._start(seen, seed)
+        for tensor in (self._white, *self._rows, *self._columns):
+            tensor.copy_(broadcast(tensor))  # processes must not drift apart
+        self._hand_out()
+
+    def _start(self, seen: Sequence[tuple[Tensor, Tensor]], seed: int) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             for index, (x_ND, mass_NF) in enumerate(seen):
@@ -160,16 +167,14 @@ class Predictors:
                 rows, columns = start(x_ND, m_NF, self._white[index], self.rank)
                 self._rows[index].copy_(rows)
                 self._columns[index].copy_(columns)
-        for tensor in (self._white, *self._rows, *self._columns):
-            tensor.copy_(broadcast(tensor))  # processes must not drift apart
-        self._hand_out()
 
     def _hand_out(self) -> None:
         """Give the layers what the parameters are now."""
-        for layer, rows, columns, white, threshold in zip(
-            self.layers, self._rows, self._columns, self._white, self._thresholds.unbind(), strict=True
-        ):
-            layer.fc1, layer.fc2, layer.threshold = rows @ white.T, columns, threshold
+        with torch.autocast(self._white.device.type, enabled=False):  # so that the model's graph meets one dtype
+            for layer, rows, columns, white, threshold in zip(
+                self.layers, self._rows, self._columns, self._white, self._thresholds.unbind(), strict=True
+            ):
+                layer.fc1, layer.fc2, layer.threshold = rows @ white.T, columns, threshold
 
     def penalty(self, progress: float, metrics: dict[str, Tensor]) -> Tensor:
         """What the last forward pass adds to the loss, scalar; keeps what the predictors learn from it."""
