@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from factories import add_predictor, make_folder, random_predictor
+from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import turbosparse
 from turbosparse.errors import UserError
+from turbosparse.model.export import export_gguf
 from turbosparse.relufy.convert import convert
 from turbosparse.relufy.drelu import FAMILIES, SparseGLU, drelu, reglu
 
@@ -219,4 +222,41 @@ def test_mixtures_of_experts_are_not_converted(tiny_folder, tiny_gguf, tmp_path)
         convert(tiny_folder("mixtral"), tmp_path / "out")
     with pytest.raises(UserError, match="is a mixture of experts"):
         convert(tiny_gguf("mixtral"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_sparse_file_becomes_the_folder_that_it_was_made_from(family, tmp_path):
+    source = make_folder(tmp_path / "source", family, "drelu", activation_threshold=[0.25, 0.5])
+    export_gguf(source, tmp_path / "model.gguf", "f32")
+    record = convert(tmp_path / "model.gguf", tmp_path / "out", "keep")
+    assert (record["architecture"], record["activation"]) == (f"turbosparse_{family}", "drelu")
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "out"))
+    assert after.config.activation_threshold == [0.25, 0.5]
+    assert (after.config.bos_token_id, after.config.eos_token_id) == (
+        before.config.bos_token_id,
+        before.config.eos_token_id,
+    )
+    theirs, mine = before.state_dict(), after.state_dict()
+    assert theirs.keys() == mine.keys()
+    assert all(torch.equal(theirs[name], mine[name]) for name in theirs)
+    ids = torch.randint(3, 64, (2, 17), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(before(ids).logits, after(ids).logits)
+    text = "Above the sky\n 1234"
+    assert AutoTokenizer.from_pretrained(source)(text) == AutoTokenizer.from_pretrained(tmp_path / "out")(text)
+
+
+def test_predictors_of_a_sparse_file_are_left_out(tiny_gguf, tmp_path):
+    predictor = random_predictor(2, 64, 96, 4, normed=True)
+    add_predictor(tiny_gguf("llama", "drelu"), tmp_path / "with.gguf", predictor, GGMLQuantizationType.F32)
+    convert(tmp_path / "with.gguf", tmp_path / "out", "keep")
+    assert not any("predictor" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_a_sparse_file_is_not_converted_again_and_what_a_folder_cannot_say_is_refused(tiny_gguf, tmp_path):
+    with pytest.raises(UserError, match="is a drelu model already; convert the dense one, or make a folder"):
+        convert(tiny_gguf("llama", "drelu"), tmp_path / "out")
+    with pytest.raises(UserError, match="norms after attention and FFN cannot be written into a folder yet"):
+        convert(tiny_gguf("gemma2", "drelu"), tmp_path / "out", "keep")
     assert not list(tmp_path.iterdir())

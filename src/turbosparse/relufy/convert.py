@@ -20,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from turbosparse.errors import UserError
+from turbosparse.model.families import HF_PREFIX
 from turbosparse.model.provenance import LICENCE_NAME, README, Provenance, note_provenance, provenance
 from turbosparse.relufy.drelu import ACTIVATIONS, FAMILIES, check_dense
+from turbosparse.relufy.unpack import unpack
 
 KEEP = "keep"
 _CONFIG = "config.json"
@@ -36,7 +38,8 @@ def convert(source: str | Path, out: Path, activation: str = "drelu") -> dict[st
     Args:
         source: a Hugging Face folder, a hub id or a GGUF file of a dense model.
         out: the folder to write; must not exist.
-        activation: "drelu", "reglu", or "keep" to rewrite a GGUF file or hub model as a dense folder (for a control).
+        activation: "drelu", "reglu", or "keep" to rewrite a GGUF file or hub model as a folder: a dense one for a
+            control, a sparse GGUF file to train it further.
 
     Returns:
         {"output", "architecture" (the model type written), "activation", "layers", "parameters"}.
@@ -47,8 +50,8 @@ def convert(source: str | Path, out: Path, activation: str = "drelu") -> dict[st
     if activation not in (*ACTIVATIONS, KEEP):
         raise UserError(f"--activation {activation}: choose one of {', '.join((*ACTIVATIONS, KEEP))}.")
     with _new_folder(out) as partial:
-        origin = _write_dense(str(source), partial)
-        config = _checked_config(str(source), partial)
+        origin = _write_checkpoint(str(source), partial, keep=activation == KEEP)
+        config = _checked_config(str(source), partial, keep=activation == KEEP)
         parameters = _checked_weights(str(source), partial, config.num_hidden_layers)
         if activation != KEEP:
             config = _swap(config, activation, partial)
@@ -79,14 +82,14 @@ def _new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_dense(source: str, folder: Path) -> Provenance:
+def _write_checkpoint(source: str, folder: Path, keep: bool) -> Provenance:
     """Write the checkpoint without what its card says; returns what of that goes on."""
     path = Path(source)
     if path.is_dir():
         _copy_checkpoint(path, folder)
         return provenance(path)
     if path.is_file():
-        return _read_gguf(path, folder)
+        return _read_gguf(path, folder, keep)
     if _HUB_ID.fullmatch(source):
         snapshot = _download(source)
         _copy_checkpoint(snapshot, folder)
@@ -113,8 +116,8 @@ def _download(hub_id: str) -> Path:
         raise UserError(f"{hub_id}: cannot be downloaded ({reason}); check the name and the connection.") from None
 
 
-def _read_gguf(path: Path, folder: Path) -> Provenance:
-    """Dequantise a GGUF file to float32 through transformers; the tokenizer is ours, as theirs is another."""
+def _read_gguf(path: Path, folder: Path, keep: bool) -> Provenance:
+    """Dequantise a GGUF file to float32; the tokenizer is ours, as that of transformers is another."""
     from turbosparse.model.config import ModelConfig
     from turbosparse.model.gguf import GGUFFile
     from turbosparse.model.tokenizer import Tokenizer
@@ -123,10 +126,23 @@ def _read_gguf(path: Path, folder: Path) -> Provenance:
         config = ModelConfig.from_gguf(file)
         tokenizer = Tokenizer.from_gguf(file)
         licence = file.metadata.get("general.license")
-    if config.experts > 0:
-        raise UserError(f"{path}: is a mixture of experts; only models with one FFN a layer are converted.")
-    if config.sparse:
-        raise UserError(f"{path}: is a {config.activation} model already; convert the dense one.")
+        if config.experts > 0:
+            raise UserError(f"{path}: is a mixture of experts; only models with one FFN a layer are converted.")
+        if config.sparse and not keep:
+            raise UserError(
+                f"{path}: is a {config.activation} model already; convert the dense one, or make a folder of this one "
+                f"with --activation {KEEP}."
+            )
+        if config.sparse:
+            unpack(file, config, folder)
+    if not config.sparse:
+        _read_dense_gguf(path, folder)
+    tokenizer.save_hf(folder)
+    return Provenance(licence if isinstance(licence, str) and LICENCE_NAME.fullmatch(licence) else None)
+
+
+def _read_dense_gguf(path: Path, folder: Path) -> None:
+    """Dequantise through transformers."""
     try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except (ValueError, KeyError, NotImplementedError, OSError) as error:
@@ -136,18 +152,18 @@ def _read_gguf(path: Path, folder: Path) -> Provenance:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
-    tokenizer.save_hf(folder)
-    return Provenance(licence if isinstance(licence, str) and LICENCE_NAME.fullmatch(licence) else None)
 
 
-def _checked_config(source: str, folder: Path) -> Any:
-    """The config of a dense model of a supported family."""
+def _checked_config(source: str, folder: Path, keep: bool) -> Any:
+    """The config of a model of a supported family, dense unless it is kept as it is."""
     try:
         values = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         model_type = str(values.get("model_type"))
     except (ValueError, AttributeError):
         raise UserError(f"{source}: {_CONFIG} is not a JSON object; the checkpoint is damaged.") from None
-    if model_type.startswith("turbosparse_"):
+    if model_type.startswith(HF_PREFIX) and keep:
+        return AutoConfig.from_pretrained(folder)
+    if model_type.startswith(HF_PREFIX):
         raise UserError(f"{source}: is a sparse model already ({model_type}); convert the dense one.")
     if model_type not in FAMILIES:
         raise UserError(f"{source}: the model type {model_type[:60]!r} is not supported; {', '.join(FAMILIES)} are.")
