@@ -18,6 +18,7 @@ struct Avx2 {
   static constexpr int kSumVectors = 2;  // of a sum over all rows, in one go
   static constexpr int64_t kQ8Bias = 0;  // dot_bytes takes the 128 off before it multiplies
   static constexpr int64_t kQ4Bias = kQ4Offset;
+  static constexpr bool kJoinsTerms = true;  // simd_words.h
   using F = __m256;
   using I = __m256i;
 
@@ -121,6 +122,22 @@ struct Avx2 {
   static I ones() { return _mm256_set1_epi16(1); }
   static I pair_low(I a, I b) { return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa); }
   static I pair_high(I a, I b) { return _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xaa); }
+  // Eight dwords of four int8 each, of two terms whose scales are 256 to `ratio`: their joint words, of the even and
+  // of the odd columns, and the sum of each dword's.
+  static void join_words(const std::byte* first, const std::byte* second, F ratio, std::byte* even, std::byte* odd,
+                         int32_t* sum) {
+    const I high = load_bytes<32>(first), low = load_bytes<32>(second);
+    I word[4];
+    for (int k = 0; k < 4; ++k) {
+      const I rest = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_cvtepi32_ps(byte_of(low, k)), ratio));
+      const I joint = _mm256_add_epi32(_mm256_slli_epi32(byte_of(high, k), 8), rest);
+      word[k] = _mm256_max_epi32(_mm256_min_epi32(joint, _mm256_set1_epi32(32767)), _mm256_set1_epi32(-32768));
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(even), pair_low(word[0], word[2]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(odd), pair_low(word[1], word[3]));
+    const I halves = _mm256_add_epi32(_mm256_add_epi32(word[0], word[1]), _mm256_add_epi32(word[2], word[3]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sum), halves);
+  }
   template <int kShift, int kMask>
   static I words(I x) {
     const I shifted = kShift == 0 ? x : _mm256_srli_epi16(x, kShift);
@@ -227,6 +244,7 @@ struct Avx2 {
   }
 
  private:
+  static I byte_of(I dwords, int k) { return _mm256_srai_epi32(_mm256_slli_epi32(dwords, 24 - 8 * k), 24); }
   static F widen_bf16(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
   static __m128i load_halves(const uint16_t* p, int64_t n) {
     alignas(16) uint16_t halves[8] = {};

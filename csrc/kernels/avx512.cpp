@@ -24,6 +24,7 @@ struct Avx512 {
   static constexpr int kSumVectors = 4;          // of a sum over all rows, in one go
   static constexpr int64_t kQ8Bias = kQ8Offset;  // the unsigned byte is multiplied as stored; `sum` takes its 128 back
   static constexpr int64_t kQ4Bias = kQ4Offset;
+  static constexpr bool kJoinsTerms = false;
   using F = __m512;
   using I = __m512i;
 

@@ -31,7 +31,7 @@ struct Matrix {
 // Vectors [count, cols] (the activations), prepared once for all matrices that multiply them. `q` is null where
 // everything is computed in fp32 (`--compute f32`); types without blocks read `x` in either case. `rest`, if not null,
 // is what the int8 blocks lost, as int8 blocks again: then x = q * scale + rest to some 15 bits, and both terms are
-// multiplied in one pass over the weights.
+// multiplied in one pass over the weights, one by one or put together to 16 bits.
 struct Vectors {
   int64_t count = 0;
   int64_t cols = 0;

@@ -20,6 +20,7 @@ struct Neon {
   static constexpr int kSumVectors = 4;  // of a sum over all rows, in one go
   static constexpr int64_t kQ8Bias = 0;  // dot_bytes takes the 128 off before it multiplies
   static constexpr int64_t kQ4Bias = kQ4Offset;
+  static constexpr bool kJoinsTerms = false;
   using F = float32x4_t;
   using I = int32x4_t;
 

@@ -6,6 +6,7 @@
 #include "simd_math.h"
 #include "simd_plain.h"
 #include "simd_sums.h"
+#include "simd_words.h"
 
 namespace turbosparse {
 
@@ -33,7 +34,11 @@ static void with_tile(const Matrix& w, const Vectors& x, Call f) {
     if constexpr (!is_blocked(kType)) {
       f.template operator()<PlainDot<S, kType>>();
     } else if (x.rest) {
-      f.template operator()<BlockDot<S, kType, 2>>();
+      if constexpr (S::kJoinsTerms && kType == WeightType::q8_0) {
+        f.template operator()<WordDot<S>>();
+      } else {
+        f.template operator()<BlockDot<S, kType, 2>>();
+      }
     } else if (x.q) {
       f.template operator()<BlockDot<S, kType, 1>>();
     } else {
