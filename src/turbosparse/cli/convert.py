@@ -14,7 +14,7 @@ from turbosparse.cli.options import Json
 
 
 class Activation(StrEnum):
-    """What the FFNs of the new model compute; `keep` only rewrites the checkpoint (for a dense control)."""
+    """What the FFNs of the new model compute; `keep` rewrites the checkpoint (for a control, or to train it on)."""
 
     drelu = "drelu"
     reglu = "reglu"
