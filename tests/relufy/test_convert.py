@@ -260,3 +260,13 @@ def test_a_sparse_file_is_not_converted_again_and_what_a_folder_cannot_say_is_re
     with pytest.raises(UserError, match="norms after attention and FFN cannot be written into a folder yet"):
         convert(tiny_gguf("gemma2", "drelu"), tmp_path / "out", "keep")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sparse_folder_is_kept_if_its_config_can_be_used(tmp_path):
+    source = make_folder(tmp_path / "source", "llama", "drelu")
+    assert convert(source, tmp_path / "out", "keep")["activation"] == "drelu"
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"activation_threshold": [0.5]}))
+    with pytest.raises(UserError, match=r"config\.json cannot be used .*`activation_threshold` must be 2 finite"):
+        convert(source, tmp_path / "again", "keep")
+    assert not (tmp_path / "again").exists()

@@ -161,15 +161,15 @@ def _checked_config(source: str, folder: Path, keep: bool) -> Any:
         model_type = str(values.get("model_type"))
     except (ValueError, AttributeError):
         raise UserError(f"{source}: {_CONFIG} is not a JSON object; the checkpoint is damaged.") from None
-    if model_type.startswith(HF_PREFIX) and keep:
-        return AutoConfig.from_pretrained(folder)
-    if model_type.startswith(HF_PREFIX):
+    sparse = model_type.startswith(HF_PREFIX)
+    if sparse and not keep:
         raise UserError(f"{source}: is a sparse model already ({model_type}); convert the dense one.")
-    if model_type not in FAMILIES:
+    if not sparse and model_type not in FAMILIES:
         raise UserError(f"{source}: the model type {model_type[:60]!r} is not supported; {', '.join(FAMILIES)} are.")
     try:
         config = AutoConfig.from_pretrained(folder)
-        check_dense(config)
+        if not sparse:
+            check_dense(config)
     except (ValueError, TypeError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{source}: {_CONFIG} cannot be used ({reason}).") from None
