@@ -22,15 +22,33 @@ _SHARPNESS = 4.0  # 2 is worse: docs/experiments.md, 2026-11-26
 _STRIDE = 8  # tokens between those that the standard deviation is taken from
 
 
-def _with_slope(value: Tensor, smooth: Tensor) -> Tensor:
+class _WithSlope(torch.autograd.Function):
+    """`value` bit for bit, with the gradient of `smooth`.
+
+    Not smooth + (value - smooth).detach(): a compiler that contracts its products and sums leaves rounding errors
+    where value is zero, and a neuron that is off seems to fire.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, smooth: Tensor) -> Tensor:
+        ctx.dtype = smooth.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad.to(ctx.dtype)
+
+
+def with_slope(value: Tensor, smooth: Tensor) -> Tensor:
     """`value`, with the gradient of `smooth`."""
-    return smooth + (value - smooth).detach()
+    result: Tensor = _WithSlope.apply(value, smooth)
+    return result
 
 
 def soft_relu(x_BTF: Tensor) -> Tensor:
     """relu(x) with the slope of a softplus, sigmoid(4 x / s), where s is the standard deviation of all x."""
     steep = _SHARPNESS / (x_BTF[:, ::_STRIDE].detach().float().std() + 1e-6).to(x_BTF.dtype)
-    return _with_slope(torch.relu(x_BTF), F.softplus(x_BTF * steep) / steep)
+    return with_slope(torch.relu(x_BTF), F.softplus(x_BTF * steep) / steep)
 
 
 class SoftSlopeGLU(SparseGLU):
@@ -44,7 +62,7 @@ class SoftSlopeGLU(SparseGLU):
         h = self._combine(gate, up)
         if self.threshold is not None:
             h = torch.where(h.abs() < self.threshold, 0.0, h)
-        h = _with_slope(h, soft_relu(gate) * (up if self.activation == "reglu" else soft_relu(up)))
+        h = with_slope(h, soft_relu(gate) * (up if self.activation == "reglu" else soft_relu(up)))
         if self.tap is not None:
             self.tap(gate, up, h)
         y: Tensor = self.down_proj(h)
