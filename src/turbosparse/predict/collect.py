@@ -19,14 +19,13 @@ from torch import Tensor
 from turbosparse.model.config import ModelConfig
 from turbosparse.model.gguf import GGUFFile
 from turbosparse.predict.decoder import Decoder, embed
-from turbosparse.predict.fit import Tokens, fit
+from turbosparse.predict.fit import Tokens, fit, half
 from turbosparse.predict.measure import Curve, curve, edges
 from turbosparse.predict.sinks import sinks
 
 _WINDOWS = 8  # at once
 _QUICK_STEPS = 100
 _QUICK_HELD_OUT = 4  # of so many windows, one is measured on
-_LARGEST = float(np.finfo(np.float16).max)
 
 
 class Collector:
@@ -67,8 +66,8 @@ class Collector:
                 part = slice(start, start + _WINDOWS)
                 stream, fired = decoder(torch.from_numpy(source[part].copy()).to(self._device))
                 target[part] = stream.cpu().numpy()
-                x[part] = _half(fired.x)
-                mass[part] = _half(fired.h.abs())
+                x[part] = half(fired.x).cpu().numpy()
+                mass[part] = half(fired.h.abs()).cpu().numpy()
                 progress(min(1.0, (start + _WINDOWS) / count))
         target.flush()
         del target
@@ -106,7 +105,7 @@ def quick_curves(
     for layer in range(config.n_layers):
         with torch.inference_mode():
             stream, fired = Decoder(file, config, layer, device)(stream)
-            x, mass = _half(fired.x).reshape(count * length, -1), _half(fired.h.abs()).reshape(count * length, -1)
+            x, mass = (half(seen).flatten(0, 1).cpu().numpy() for seen in (fired.x, fired.h.abs()))
         always = sinks(torch.from_numpy(mass.max(0)).to(device).float(), worth[layer])
         others = torch.where(always, 0.0, worth[layer])
         seen, new = Tokens(x[learned], mass[learned]), Tokens(x[~learned], mass[~learned])
@@ -117,8 +116,3 @@ def quick_curves(
         curves.append(of_layer)
         progress((layer + 1) / config.n_layers)
     return curves
-
-
-def _half(values: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float16]]:
-    half: np.ndarray[tuple[int, ...], np.dtype[np.float16]] = values.clamp(-_LARGEST, _LARGEST).half().cpu().numpy()
-    return half

@@ -34,6 +34,7 @@ COST = 0.1
 LARGEST = 1000.0  # of m: a few are hundreds of times the mean, and would be all that a batch learns from
 MOST_NATS = 1.0  # a neuron can cost: beyond, the sensitivities say nothing
 _QUIET = 1e-2  # of the median eigenvalue: directions that vary less are left out
+_LARGEST_HALF = torch.finfo(torch.float16).max
 _BIAS = 8.0  # the constant unit is this large, so that its column of fc2 is not much larger than the others
 
 
@@ -51,6 +52,11 @@ class Tokens:
         """Some of them in float32."""
         x, mass = (torch.as_tensor(array[chosen]).to(device).float() for array in (self.x, self.mass))
         return x, mass
+
+
+def half(values: Tensor) -> Tensor:
+    """As Tokens hold them: float16, without infinities."""
+    return values.half().clamp_(-_LARGEST_HALF, _LARGEST_HALF)
 
 
 def nats(mass: Tensor, worth: Tensor) -> Tensor:

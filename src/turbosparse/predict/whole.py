@@ -14,9 +14,7 @@ from turbosparse.model.config import ModelConfig
 from turbosparse.model.gguf import GGUFFile
 from turbosparse.model.layout import EMBEDDING
 from turbosparse.predict.decoder import Decoder, logits, tensor_of
-from turbosparse.predict.fit import Tokens
-
-_LARGEST = torch.finfo(torch.float16).max
+from turbosparse.predict.fit import Tokens, half
 
 Change = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -53,7 +51,7 @@ class Whole:
         seen: list[Tokens] = []
 
         def note(layer: int, x: Tensor, h: Tensor) -> Tensor:
-            seen.append(Tokens(_half(x).flatten(0, 1), _half(h.abs()).flatten(0, 1)))
+            seen.append(Tokens(half(x).flatten(0, 1), half(h.abs()).flatten(0, 1)))
             return h
 
         self(tokens, note)
@@ -63,7 +61,3 @@ class Whole:
 def fast(device: torch.device) -> AbstractContextManager[object]:
     """Products in bfloat16 where that is faster; for what is learned from, not for what is measured."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-
-
-def _half(values: Tensor) -> Tensor:
-    return values.half().clamp_(-_LARGEST, _LARGEST)
