@@ -106,6 +106,7 @@ struct BlockDot {
   using I = typename S::I;
   static constexpr int kWideRows = S::kWideRows;
   static constexpr int kVectors = S::kVectors;
+  static constexpr int64_t kInputBytes = kTerms * (kBlock + 8);  // quants, scale, offset
   static constexpr bool kNibbles = kType == WeightType::q4_0;
   template <int N>
   using Input = QuantVectors<S, kType, N, kTerms>;
@@ -182,6 +183,7 @@ struct BlockDotF32 {
   using F = typename S::F;
   static constexpr int kWideRows = 1;
   static constexpr int kVectors = 8;
+  static constexpr int64_t kInputBytes = 0;  // each row reads it anew anyway
 
   template <int N>
   using Input = FloatVectors<N>;

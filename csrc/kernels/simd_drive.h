@@ -2,6 +2,7 @@
 // Cuts a product into tiles of rows and vectors. A tile is a class with
 //
 //     kWideRows, kVectors              its largest number of rows and of vectors where there are several vectors
+//     kInputBytes                      of kBlock columns of one vector
 //     Input<N>(w, x, v)                vectors v to v + N of x, made ready once for many rows
 //     run<R, N>(w, rows, fetch, input, out, stride)    out[n * stride + r] = <row r, vector n of input>
 //
@@ -33,8 +34,10 @@ struct Rows {
 };
 
 // One vector meets rows one after the other: memory serves one stream faster than several, however short the rows. So
-// do the first of few vectors where rows are long: those after them find the rows in the cache.
+// do the first of few vectors where rows are long: those after them find the rows in the cache. But a vector that the
+// first-level cache does not hold beside the rows comes from the second-level one for each row, so rows share it.
 inline constexpr int kTallRows = 4;                 // of other tiles
+inline constexpr int64_t kInputBytes = 30 * 1024;   // of a vector that the first-level cache holds
 inline constexpr int64_t kLongRow = 1024;           // bytes
 inline constexpr int64_t kBlockBytes = 640 * 1024;  // rows that stay in the second-level cache over all vectors
 
@@ -145,7 +148,15 @@ static void dot_vectors(const Matrix& w, int64_t first, int64_t last, const Vect
       return;
     }
   }
-  dot_rows<Tile, N == 1 ? 1 : Tile::kWideRows, N>(w, first, last, input, out, stride);
+  if constexpr (N == 1) {
+    if (w.cols / kBlock * Tile::kInputBytes <= kInputBytes) {
+      dot_rows<Tile, 1, N>(w, first, last, input, out, stride);
+    } else {
+      dot_rows<Tile, kTallRows, N>(w, first, last, input, out, stride);
+    }
+  } else {
+    dot_rows<Tile, Tile::kWideRows, N>(w, first, last, input, out, stride);
+  }
 }
 
 template <class Tile, int N>

@@ -32,6 +32,7 @@ struct PlainDot {
   using Row = PlainRow<S, kType>;
   static constexpr int kWideRows = 4;
   static constexpr int kVectors = 4;
+  static constexpr int64_t kInputBytes = 4 * kBlock;
 
   template <int N>
   using Input = FloatVectors<N>;

@@ -75,6 +75,7 @@ struct WordDot {
   using I = typename S::I;
   static constexpr int kWideRows = S::kWideRows;
   static constexpr int kVectors = S::kVectors;
+  static constexpr int64_t kInputBytes = WordVectors<S, 1>::kBlockBytes;
   template <int N>
   using Input = WordVectors<S, N>;
 

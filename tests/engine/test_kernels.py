@@ -207,6 +207,21 @@ def test_many_vectors_equal_one_at_a_time(isa, type, cols, count):
 
 
 @isa
+@pytest.mark.parametrize(("type", "cols"), [("q4_0", 28672), ("q8_0", 14336), ("f16", 8193), ("f32", 8192)])
+def test_rows_that_share_a_long_vector_have_the_bits_of_each_alone(isa, type, cols):
+    """A vector that the first-level cache does not hold meets four rows at a time."""
+    rng, weights, packed = case(isa, type, 7, cols)
+    x, lost = normal(rng, 1, cols), normal(rng, 1, cols) / 256
+    for int8 in int8_choices(type):
+        vectors = kernels.Vectors(isa, x, int8=int8, rest=lost if int8 else None)
+        together = packed.dot(vectors, 0, 7)
+        for row in range(7):
+            same_bits(together[:, row : row + 1], packed.dot(vectors, row, row + 1))
+    expected, bound = reference.dot(weights, x)
+    assert (np.abs(packed.dot(kernels.Vectors(isa, x, int8=False), 0, 7) - expected) <= bound).all()
+
+
+@isa
 @shape
 def test_axpy(isa, type, rows, cols):
     rng, weights, packed = case(isa, type, rows, cols)
