@@ -36,10 +36,10 @@ struct Rows {
 // One vector meets rows one after the other: memory serves one stream faster than several, however short the rows. So
 // do the first of few vectors where rows are long: those after them find the rows in the cache. But a vector that the
 // first-level cache does not hold beside the rows comes from the second-level one for each row, so rows share it.
-inline constexpr int kTallRows = 4;                 // of other tiles
-inline constexpr int64_t kInputBytes = 30 * 1024;   // of a vector that the first-level cache holds
-inline constexpr int64_t kLongRow = 1024;           // bytes
-inline constexpr int64_t kBlockBytes = 640 * 1024;  // rows that stay in the second-level cache over all vectors
+inline constexpr int kTallRows = 4;                     // of other tiles
+inline constexpr int64_t kFirstLevelBytes = 30 * 1024;  // of a vector that the first-level cache holds
+inline constexpr int64_t kLongRow = 1024;               // bytes
+inline constexpr int64_t kBlockBytes = 640 * 1024;      // rows that stay in the second-level cache over all vectors
 
 // Rows in order: the processor foresees them.
 struct NoFetch {
@@ -149,7 +149,7 @@ static void dot_vectors(const Matrix& w, int64_t first, int64_t last, const Vect
     }
   }
   if constexpr (N == 1) {
-    if (w.cols / kBlock * Tile::kInputBytes <= kInputBytes) {
+    if (w.cols / kBlock * Tile::kInputBytes <= kFirstLevelBytes) {
       dot_rows<Tile, 1, N>(w, first, last, input, out, stride);
     } else {
       dot_rows<Tile, kTallRows, N>(w, first, last, input, out, stride);
