@@ -100,12 +100,15 @@ class SparseGLU(nn.Module):
         self.set_threshold(self._stated)  # follows the weights to their device, not to their dtype
         return self
 
+    def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The activation, [..., f], of pre-activations of that shape; below the threshold it is zero."""
+        h = self._combine(gate, up)
+        return h if self.threshold is None else torch.where(h.abs() < self.threshold, 0.0, h)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d] to [..., d]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        h = self._combine(gate, up)
-        if self.threshold is not None:
-            h = torch.where(h.abs() < self.threshold, 0.0, h)
+        h = self.hidden(gate, up)
         if self.tap is not None:
             self.tap(gate, up, h)
         y: Tensor = self.down_proj(h)

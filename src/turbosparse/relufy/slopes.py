@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from turbosparse.errors import UserError
 from turbosparse.relufy.drelu import SparseGLU
@@ -22,33 +21,36 @@ _SHARPNESS = 4.0  # 2 is worse: docs/experiments.md, 2026-11-26
 _STRIDE = 8  # tokens between those that the standard deviation is taken from
 
 
-class _WithSlope(torch.autograd.Function):
-    """`value` bit for bit, with the gradient of `smooth`.
+class _SoftSlopes(torch.autograd.Function):
+    """`h` bit for bit, with the gradient of relu(gate) * relu(up), or relu(gate) * up, whose relus have soft slopes.
 
-    Not smooth + (value - smooth).detach(): a compiler that contracts its products and sums leaves rounding errors
-    where value is zero, and a neuron that is off seems to fire.
+    h is handed in as it is, not as smooth + (h - smooth).detach(): a compiler that contracts its products and sums
+    leaves rounding errors where h is zero, and a neuron that is off seems to fire. The gradient is written out, so that
+    only the pre-activations are kept for it, in their own dtype: autocast would compute a softplus in float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, smooth: Tensor) -> Tensor:
-        ctx.dtype = smooth.dtype
-        return value.clone()
+    def forward(ctx: Any, h: Tensor, gate: Tensor, up: Tensor, both: bool) -> Tensor:
+        ctx.save_for_backward(gate, up, _steepness(gate), _steepness(up) if both else None)
+        return h.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, grad.to(ctx.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None]:
+        gate, up, gate_steep, up_steep = ctx.saved_tensors
+        by_gate = torch.sigmoid(gate * gate_steep) * (up if up_steep is None else torch.relu(up))
+        by_up = torch.relu(gate) if up_steep is None else torch.relu(gate) * torch.sigmoid(up * up_steep)
+        return None, grad * by_gate, grad * by_up, None
 
 
-def with_slope(value: Tensor, smooth: Tensor) -> Tensor:
-    """`value`, with the gradient of `smooth`."""
-    result: Tensor = _WithSlope.apply(value, smooth)
+def _steepness(x_BTF: Tensor) -> Tensor:
+    """Of the sigmoid that stands for the step of relu(x): a scalar of x's dtype."""
+    return (_SHARPNESS / (x_BTF[:, ::_STRIDE].float().std() + 1e-6)).to(x_BTF.dtype)
+
+
+def with_soft_slopes(h_BTF: Tensor, gate_BTF: Tensor, up_BTF: Tensor, both: bool) -> Tensor:
+    """`h`, with gradients for its pre-activations also where it is zero; `both`: up has a relu too."""
+    result: Tensor = _SoftSlopes.apply(h_BTF.detach(), gate_BTF, up_BTF, both)
     return result
-
-
-def soft_relu(x_BTF: Tensor) -> Tensor:
-    """relu(x) with the slope of a softplus, sigmoid(4 x / s), where s is the standard deviation of all x."""
-    steep = _SHARPNESS / (x_BTF[:, ::_STRIDE].detach().float().std() + 1e-6).to(x_BTF.dtype)
-    return with_slope(torch.relu(x_BTF), F.softplus(x_BTF * steep) / steep)
 
 
 class SoftSlopeGLU(SparseGLU):
@@ -59,10 +61,7 @@ class SoftSlopeGLU(SparseGLU):
         if not torch.is_grad_enabled():
             return super().forward(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
-        h = self._combine(gate, up)
-        if self.threshold is not None:
-            h = torch.where(h.abs() < self.threshold, 0.0, h)
-        h = with_slope(h, soft_relu(gate) * (up if self.activation == "reglu" else soft_relu(up)))
+        h = with_soft_slopes(self.hidden(gate.detach(), up.detach()), gate, up, self.activation == "drelu")
         if self.tap is not None:
             self.tap(gate, up, h)
         y: Tensor = self.down_proj(h)
