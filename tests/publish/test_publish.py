@@ -59,7 +59,9 @@ def run(tmp_path: Path) -> Path:
     data = {"sources": [{"domain": "web", "path": "/secret/place/*.jsonl"}, {"domain": "math", "dataset": "a/b"}]}
     for name, stages in (("drelu", STAGES), ("control", [STAGES[1] | {"name": "train"}])):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump({"data": data, "stages": stages}))
+        (tmp_path / name / "recipe.yaml").write_text(
+            yaml.safe_dump({"model": "/secret/dense", "data": data, "stages": stages})
+        )
     _stage(tmp_path / "drelu" / "1-warm", 2.25, 4_000_000, 0.8)
     _stage(tmp_path / "drelu" / "2-recover", 1.6571, 100_000_000, 0.9042)
     _stage(tmp_path / "control" / "1-train", 1.6498, 104_000_000)
@@ -84,6 +86,10 @@ def test_the_card_holds_the_figures_of_the_run_and_of_the_commands(run, tmp_path
     text = card.text
     assert "90.4 % of its FFN neurons" in text
     assert "| this model | 104.0M | 2.1571 | 1.6571 |" in text
+    assert (
+        "counted from where training began: this model from `dense`, SwiGLU control, same code and text from `dense`."
+        in text
+    )
     assert "| SwiGLU control, same code and text | 104.0M | 2.1498 | 1.6498 |" in text
     assert "| piqa | acc | 0 | 67.12 ± 1.10 | 67.31 | -0.19 ± 0.40 |" in text
     assert "| exact | 150.0 | 65.5 MB |" in text and "| dense | 100.0 | - |" in text
@@ -111,6 +117,14 @@ def test_a_card_counts_the_run_that_this_one_went_on_from(run, tmp_path, monkeyp
     assert _publish(chat)[0] == 0
     text = (chat / "README.md").read_text()
     assert "| this model | 108.0M |" in text and "| warm | " in text and "| recover | " in text and "| chat | " in text
+    assert "this model from `dense`." in text
+
+
+def test_a_run_that_goes_on_from_itself_is_one_sentence(run):
+    recipe = run.parent / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"model": str(run)}))
+    code, printed = _publish(run)
+    assert code == 2 and "from its own" in " ".join(printed.split())
 
 
 class _Hub:

@@ -87,7 +87,9 @@ def _quality(run: Run, control: Run | None) -> list[str]:
         return [label, _millions(made.tokens), *("-" if loss is None else f"{loss:.4f}" for loss in losses)]
 
     head = ["cross-entropy, nats per token", "tokens trained on here", *domains, "mean"]
-    return ["## Quality on held-out text", "", *_table(head, (row(label, made) for label, made in models))]
+    starts = ", ".join(f"{label} from `{made.start}`" for label, made in models)
+    note = f"Tokens are counted from where training began: {starts}."
+    return ["## Quality on held-out text", "", *_table(head, (row(label, made) for label, made in models)), "", note]
 
 
 def _scores(scores: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -26,9 +26,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """The stages up to the one that wrote `folder`, in order, and the `data` mapping of the last one's recipe."""
+    """The stages up to the one that wrote `folder`, in order, and the `data` mapping of the last one's recipe.
+
+    `start` is the name of the model that the first of these stages began with: what that was trained on is not counted.
+    """
 
     folder: Path
+    start: str
     stages: list[Stage] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
 
@@ -70,37 +74,44 @@ def _tokens(log: Path) -> int:
         raise UserError(f"{log}: is no log of `turbosparse train`; give the folder as the run left it.") from None
 
 
-def _stages_before(recipe: dict[str, Any]) -> list[Stage]:
-    """The stages of the run that this one goes on from.
+def _run_before(model: str, later: frozenset[Path]) -> Run | None:
+    """The run that this model comes from.
 
-    None where its `model` is no stage of a run, is not there now, or is named by a relative path, which was relative
-    to the recipe's first place.
+    None where the model is no stage of a run, is not there now, or is named by a relative path, which was relative to
+    the recipe's first place.
     """
-    source = Path(os.path.expandvars(str(recipe.get("model", ""))))
+    source = Path(model)
     if not source.is_absolute() or not (source.parent / "recipe.yaml").is_file():
-        return []
-    return read_run(source).stages
+        return None
+    return read_run(source, later)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, later: frozenset[Path] = frozenset()) -> Run:
     """The run that made a model folder (`OUTPUT/2-recover`), from what lies beside it, and those that it went on from.
 
+    Args:
+        folder: of a stage.
+        later: recipes of the runs that went on from this one.
+
     Raises:
-        UserError: the folder is not a stage of `turbosparse train`.
+        UserError: the folder is not a stage of `turbosparse train`, or comes from itself.
     """
     recipe_file = folder.resolve().parent / "recipe.yaml"
     try:
         recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
         names = [f"{index}-{stage['name']}" for index, stage in enumerate(recipe["stages"], 1)]
         upto = names.index(folder.resolve().name) + 1
-        data = dict(recipe["data"])
+        data, model = dict(recipe["data"]), os.path.expandvars(str(recipe["model"]))
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         raise UserError(
             f"{folder}: is not a stage that `turbosparse train` wrote (no recipe.yaml beside it names it); "
             "give the folder where the run left it."
         ) from None
-    stages = _stages_before(recipe)
+    if recipe_file in later:
+        raise UserError(f"{recipe_file}: goes on from a model that was made from its own; correct its `model`.")
+    before = _run_before(model, later | {recipe_file})
+    stages = list(before.stages) if before else []
     for settings, name in zip(recipe["stages"][:upto], names, strict=False):
         stage = recipe_file.parent / name
         stages.append(Stage(settings, read_json(stage / "metrics.json"), _tokens(stage / "log.jsonl")))
-    return Run(folder, stages, data)
+    return Run(folder, before.start if before else PurePath(model).name, stages, data)
