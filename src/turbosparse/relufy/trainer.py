@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import default_collate
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from turbosparse.errors import UserError
 from turbosparse.model.provenance import carry_licence
 from turbosparse.relufy.allot import allot_neurons
+from turbosparse.relufy.callbacks import PredictorsStep, TimeLimit
 from turbosparse.relufy.data import Mixture, build_mixture, check_sources, validation_windows
+from turbosparse.relufy.folders import load_model, load_tokenizer
 from turbosparse.relufy.objective import Layerwise, NextToken, Objective, ffns
 from turbosparse.relufy.optimizer import make_adamw
 from turbosparse.relufy.predictable import Predictors
-from turbosparse.relufy.processes import any_process, share, shared_loss, this_process
+from turbosparse.relufy.processes import share, shared_loss, this_process
 from turbosparse.relufy.progress import ProgressLog
 from turbosparse.relufy.recipes import Recipe, Stage, load_recipe
 from turbosparse.relufy.roles import settle_roles
@@ -71,7 +72,7 @@ class RecoveryTrainer(Trainer):
         self.objective, self.stage, self.windows, self.domains = objective, stage, windows, domains
         self.progress_log, self.compute_dtype, self.predictors = progress_log, dtype, predictors
         if predictors is not None:
-            self.add_callback(_PredictorsStep(predictors, stage))
+            self.add_callback(PredictorsStep(predictors, stage))
         self._evaluated: tuple[int, dict[str, float]] | None = None
         self.remove_callback(PrinterCallback)
 
@@ -130,31 +131,6 @@ class RecoveryTrainer(Trainer):
         (folder / _COMPLETE).touch()
 
 
-class _PredictorsStep(TrainerCallback):
-    """Lets the predictors learn when the model has."""
-
-    def __init__(self, predictors: Predictors, stage: Stage) -> None:
-        self._predictors, self._stage = predictors, stage
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._predictors.step(learning_rate_share(self._stage, state.global_step / state.max_steps))
-
-
-class _TimeLimit(TrainerCallback):
-    """Stops a stage, with a checkpoint to resume from, once its time is up."""
-
-    def __init__(self, max_seconds: float | None) -> None:
-        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._deadline is None or state.global_step == state.max_steps:
-            return
-        if this_process().num_processes > 1 and state.global_step % state.logging_steps:
-            return  # asking the others makes the GPUs wait; where a line is logged they do so anyway
-        if any_process(time.monotonic() > self._deadline, args.device):
-            control.should_save = control.should_training_stop = True
-
-
 def _last_checkpoint(folder: Path) -> Path | None:
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
     return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
@@ -198,24 +174,6 @@ def _arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingArguments:
     )
 
 
-def _load(folder: str, dtype: torch.dtype) -> Any:
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: cannot load the model ({first}); make one with `turbosparse convert`") from None
-
-
-def _load_tokenizer(folder: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{folder}: cannot load the tokenizer ({first}); put its tokenizer.json beside the model"
-        ) from None
-
-
 def _compile(blocks: list[nn.Module]) -> None:
     """Compile block by block: all layers share one compiled graph, which takes seconds instead of minutes."""
     torch._dynamo.config.recompile_limit = 64
@@ -229,7 +187,7 @@ def _teacher(stage: Stage, model: Any, device: torch.device, dtype: torch.dtype 
     folder = stage.teacher or (stage.distillation.teacher if stage.distillation else None)
     if folder is None:
         return None
-    teacher = _load(folder, dtype or torch.float32).to(device).eval().requires_grad_(False)
+    teacher = load_model(folder, dtype or torch.float32).to(device).eval().requires_grad_(False)
     if teacher.config.vocab_size != model.config.vocab_size:
         raise UserError(f"{folder}: the teacher's vocabulary differs from the model's; use one of its family")
     return teacher
@@ -314,8 +272,8 @@ def _run_stage(
     arguments = _arguments(recipe, stage, partial)
     device = arguments.device
     dtype = torch.bfloat16 if device.type == "cuda" else None  # fp32 master weights, bf16 matrix products
-    model = _load(str(checkpoint or source), torch.float32)  # the checkpoint's config may hold thresholds
-    tokenizer = _load_tokenizer(source)
+    model = load_model(str(checkpoint or source), torch.float32)  # the checkpoint's config may hold thresholds
+    tokenizer = load_tokenizer(source)
     cache = Path(recipe.data.cache)
     with process.main_process_first():  # the others find the text tokenised
         mixture = _mixture(recipe, tokenizer, arguments, index)
@@ -342,7 +300,7 @@ def _run_stage(
         progress_log=ProgressLog(partial / "log.jsonl", stage, arguments.max_steps, recipe.data.context),
         dtype=dtype,
         predictors=predictors,
-        callbacks=[_TimeLimit(max_seconds)],
+        callbacks=[TimeLimit(max_seconds)],
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < arguments.max_steps:
