@@ -17,7 +17,7 @@ def load_model(folder: str, dtype: torch.dtype) -> Any:
         UserError: there is none, or it cannot be read.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{folder}: cannot load the model ({first}); make one with `turbosparse convert`") from None
