@@ -84,12 +84,11 @@ def _quality(run: Run, control: Run | None) -> list[str]:
 
     def row(label: str, made: Run) -> list[str]:
         losses = [made.metrics.get(key) for key in (*(f"eval_{domain}_ce" for domain in domains), "eval_ce")]
-        return [label, _millions(made.tokens), *("-" if loss is None else f"{loss:.4f}" for loss in losses)]
+        shown = ("-" if loss is None else f"{loss:.4f}" for loss in losses)
+        return [label, _millions(made.tokens), f"`{made.start}`", *shown]
 
-    head = ["cross-entropy, nats per token", "tokens trained on here", *domains, "mean"]
-    starts = ", ".join(f"{label} from `{made.start}`" for label, made in models)
-    note = f"Tokens are counted from where training began: {starts}."
-    return ["## Quality on held-out text", "", *_table(head, (row(label, made) for label, made in models)), "", note]
+    head = ["cross-entropy, nats per token", "tokens trained on here", "counted from", *domains, "mean"]
+    return ["## Quality on held-out text", "", *_table(head, (row(label, made) for label, made in models))]
 
 
 def _scores(scores: Mapping[str, Any]) -> list[str]:
