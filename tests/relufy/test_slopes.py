@@ -69,6 +69,7 @@ def test_value_and_gradients_keep_their_dtype(dtype):
         torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
     ):
         h = with_soft_slopes(torch.relu(gate) * torch.relu(up), gate, up, True)
+    assert torch.equal(h, torch.relu(gate) * torch.relu(up))
     h.backward(torch.ones_like(h))
     assert {h.dtype, gate.grad.dtype, up.grad.dtype, *(tensor.dtype for tensor in kept)} == {dtype}
 

@@ -32,7 +32,7 @@ class _SoftSlopes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, gate: Tensor, up: Tensor, both: bool) -> Tensor:
         ctx.save_for_backward(gate, up, _steepness(gate), _steepness(up) if both else None)
-        return h.clone()
+        return h.clone()  # autograd wants an output that is no input; a compiler leaves the copy out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None]:
@@ -48,8 +48,15 @@ def _steepness(x_BTF: Tensor) -> Tensor:
 
 
 def with_soft_slopes(h_BTF: Tensor, gate_BTF: Tensor, up_BTF: Tensor, both: bool) -> Tensor:
-    """`h`, with gradients for its pre-activations also where it is zero; `both`: up has a relu too."""
-    result: Tensor = _SoftSlopes.apply(h_BTF.detach(), gate_BTF, up_BTF, both)
+    """`h`, with gradients for its pre-activations also where it is zero; all [B, T, F], of one float dtype.
+
+    Args:
+        h_BTF: what the FFN computes from the other two, without a gradient of its own.
+        gate_BTF: pre-activations, which have a relu.
+        up_BTF: pre-activations, which have a relu if `both`.
+        both: True for dReLU, False for ReGLU.
+    """
+    result: Tensor = _SoftSlopes.apply(h_BTF, gate_BTF, up_BTF, both)
     return result
 
 
