@@ -34,6 +34,13 @@ std::chrono::nanoseconds wait_for_change(const std::atomic<uint32_t>& value, uin
   return Clock::now() - start;
 }
 
+// The other side of it: count `value` up and wake who sleeps. In sequential order with libstdc++'s question whether
+// anybody sleeps: a store that were still on its way when that is asked could be missed by one who falls asleep.
+void change(std::atomic<uint32_t>& value) {
+  value.fetch_add(1, std::memory_order_seq_cst);
+  value.notify_all();
+}
+
 }  // namespace
 
 void Member::barrier() {
@@ -56,8 +63,7 @@ Team::Team(int size) : size_(size), workers_(std::make_unique<Worker[]>(size)) {
 Team::~Team() {
   stop_.store(true, std::memory_order_relaxed);
   for (int rank = 1; rank < size_; ++rank) {
-    workers_[rank].jobs.fetch_add(1, std::memory_order_release);
-    workers_[rank].jobs.notify_one();
+    change(workers_[rank].jobs);
   }
   for (auto& thread : threads_) thread.join();
 }
@@ -67,8 +73,7 @@ void Team::run(const std::function<void(Member&)>& job, int size) {
   job_size_ = size;
   const auto start = Clock::now();
   for (int rank = 1; rank < size; ++rank) {
-    workers_[rank].jobs.fetch_add(1, std::memory_order_release);
-    workers_[rank].jobs.notify_one();
+    change(workers_[rank].jobs);
   }
   Member self(*this, 0, size);
   job(self);
@@ -97,8 +102,7 @@ std::chrono::nanoseconds Team::arrive_and_wait(int size) {
   const uint32_t phase = phase_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
     arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-    phase_.notify_all();
+    change(phase_);
     return {};
   }
   return wait_for_change(phase_, phase);
