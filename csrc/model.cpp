@@ -12,7 +12,9 @@
 namespace turbosparse {
 namespace {
 
-constexpr int64_t kMaxNeuronBlocks = 16;
+// A block of neurons costs a partial sum and a wait for its first rows, whatever its size; threads want many to share.
+constexpr int64_t kBlocks = 8, kMostBlocks = 16;
+constexpr int64_t kLargeBlock = 192;                // neurons; FFNs with more than kBlocks of them have more blocks
 constexpr int64_t kPieceBytes = int64_t{16} << 20;  // of a matrix, packed between two calls of after_piece
 
 // Bytes of a row in ggml's own layout.
@@ -61,7 +63,8 @@ Model::Model(Config config, const Kernels* kernels, bool exact_fp32, int threads
       team_(threads),
       pace_(threads),
       layers_(config_.layers) {
-  const int64_t per_block = (config_.ffn + kMaxNeuronBlocks - 1) / kMaxNeuronBlocks;
+  const auto share = [&](int64_t blocks) { return (config_.ffn + blocks - 1) / blocks; };
+  const int64_t per_block = std::max(share(kMostBlocks), std::min(share(kBlocks), kLargeBlock));
   neuron_block_ = (per_block + kBlock - 1) / kBlock * kBlock;
   for (Layer& layer : layers_) layer.ffns.resize(config_.ffns());
 }
