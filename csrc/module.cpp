@@ -241,7 +241,6 @@ NB_MODULE(_native, m) {
   m.def("isas", &isas);
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "passes"_a = 5,
         nb::call_guard<nb::gil_scoped_release>());
-  m.def("uniform", &uniform, "seed"_a, "position"_a);
 
   nb::class_<Pace>(m, "Pace")  // for its tests: the engine has its own
       .def(
