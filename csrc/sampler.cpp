@@ -71,13 +71,13 @@ float reached(const float* x, int64_t n, int64_t k) {
 
 // The tokens that top-k and top-p keep, one of which is asked for.
 std::vector<Candidate> kept(const Weights& weights, const SamplingParams& params) {
-  const float enough = params.top_k > 0 ? reached(weights.logits, weights.vocab, params.top_k) : -INFINITY;
+  const float enough =
+      params.top_k > 0 ? reached(weights.logits, weights.vocab, params.top_k) / weights.temperature : -INFINITY;
   std::vector<Candidate> tokens;
   if (params.top_k == 0) tokens.reserve(weights.vocab);
   for (int64_t id = 0; id < weights.vocab; ++id) {
     const float scaled = weights.scaled(id);
-    if (scaled > -INFINITY && scaled >= enough / weights.temperature)
-      tokens.push_back({scaled, static_cast<int32_t>(id)});
+    if (scaled > -INFINITY && scaled >= enough) tokens.push_back({scaled, static_cast<int32_t>(id)});
   }
   if (params.top_k > 0 && params.top_k < static_cast<int64_t>(tokens.size())) {
     std::nth_element(tokens.begin(), tokens.begin() + (params.top_k - 1), tokens.end(), likelier);
@@ -105,8 +105,9 @@ float above_power(float x) {
 }
 
 // Every token waits for an exponential time, the shorter the more it weighs, and the first one is drawn: so the chances
-// are those of the weights, whichever tokens take part. A token's time hangs on seed, position and its own logit alone.
-// Logits that differ a little, as those of a draft do, therefore mostly draw the same token.
+// are those of the weights, whichever tokens take part (in logarithms, the Gumbel-max trick). A token's time hangs on
+// seed, position and its own logit alone. Logits that differ a little, as those of a draft do, therefore mostly draw
+// the same token.
 class Race {
  public:
   Race(const Weights& weights, float min_p, uint64_t key, int32_t likeliest)

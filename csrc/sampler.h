@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Choosing the next token. The generator is a function of seed and position, so a text depends on nothing else.
+// Choosing the next token. The generator is a function of seed, position and token, so a text depends on nothing else.
 #pragma once
 
 #include <cstdint>
