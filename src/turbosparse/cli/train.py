@@ -19,6 +19,10 @@ def command(
 ) -> None:
     """Train a converted model back to full quality, as a recipe says."""
     with extra("train"):
+        from turbosparse.relufy.recipes import load_recipe
+
+        load_recipe(recipe)  # what is wrong with it is said before torch is loaded, which takes seconds
+
         from turbosparse.relufy.processes import this_process
         from turbosparse.relufy.trainer import train_from_recipe
 
