@@ -1,6 +1,6 @@
 """Time recovery training and hold it to what the GPU could do: tokens/s, share of peak, and where the time goes.
 
-    python benchmarks/training_speed.py MODEL TEXT WORK [--context 2048] [--case dense,drelu,teacher] [--profile]
+    python benchmarks/training_speed.py MODEL TEXT WORK [--context 2048] [--case dense,drelu,teacher] [--soft-slopes]
 
 MODEL: a dense Hugging Face folder, whose weights do not matter here (config.json and tokenizer are enough); TEXT: any
 JSONL text. Cases: `dense`, the control; `drelu`, with sparsity log and penalty; `teacher`, that and distillation.
@@ -58,7 +58,7 @@ def _recipe(case: str, options: argparse.Namespace, dense: Path, sparse: Path) -
         "learning_rate": 1e-4,
     }
     if case != "dense":
-        stage["sparsity"] = {"target_rate": 0.1}
+        stage |= {"sparsity": {"target_rate": 0.1}, "soft_slopes": options.soft_slopes}
     if case == "teacher":
         stage["distillation"] = {"teacher": str(dense), "share": 0.8}
     recipe = {
@@ -115,6 +115,7 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
         "device": device,
         "context": options.context,
         "batch_tokens": options.batch_tokens,
+        "soft_slopes": case != "dense" and options.soft_slopes,
         "tokens_per_second": round(speed),
         "model_flops_per_token": round(work),
         "share_of_peak": round(speed * work / _PEAK, 4),
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=1, help="forward passes a step")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--case", default="dense,drelu,teacher")
+    parser.add_argument("--soft-slopes", action="store_true", help="of the sparse cases, as the recipes have it")
     parser.add_argument("--profile", action="store_true", help="write WORK/CASE.profile.txt; slower")
     options = parser.parse_args()
     options.work = options.work.resolve()
