@@ -20,9 +20,9 @@ _STAGES = [
 ]
 
 
-def _recipe(folder: Path, output: str) -> Path:
+def _recipe(folder: Path, output: str, stages: list[dict] = _STAGES) -> Path:
     texts = [{"domain": name, "path": f"{name}.jsonl"} for name in "ab"]
-    stages = [{"batch_tokens": 64, "learning_rate": 1e-3, "max_grad_norm": 1e9} | stage for stage in _STAGES]
+    stages = [{"batch_tokens": 64, "learning_rate": 1e-3, "max_grad_norm": 1e9} | stage for stage in stages]
     data = {"context": 16, "cache": "cache", "sources": texts, "validation": texts}
     path = folder / f"{output}.yaml"
     path.write_text(
@@ -33,16 +33,18 @@ def _recipe(folder: Path, output: str) -> Path:
     return path
 
 
+def _torchrun(processes: int, recipe: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run([*command, "-m", "turbosparse", "train", str(recipe)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("done: True") == 1  # one process reports
+
+
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> tuple[Path, Path]:
     """The output folders of one recipe, trained by one process and by two."""
     train_from_recipe(_recipe(folder, "alone"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "turbosparse", "train", str(_recipe(folder, "shared"))], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("done: True") == 1  # one process reports
+    _torchrun(2, _recipe(folder, "shared"))
     return folder / "alone", folder / "shared"
 
 
@@ -71,3 +73,9 @@ def test_two_processes_learn_layer_by_layer(runs):
     alone, shared = (_log(run / "2-warm") for run in runs)
     assert shared[-2]["relative_error"] < shared[0]["relative_error"]
     assert shared[0]["relative_error"] == pytest.approx(alone[0]["relative_error"], rel=0.05)  # means of other shares
+
+
+def test_torchrun_of_one_process_trains(folder: Path):
+    short = [{"name": "short", "objective": "cross_entropy", "tokens": 64, "device_windows": 4}]
+    _torchrun(1, _recipe(folder, "single", short))
+    assert (folder / "single" / "1-short" / "model.safetensors").exists()

@@ -21,6 +21,11 @@ def this_process() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
+def is_shared() -> bool:
+    """Whether torchrun started this process, be it as the only one: on a CPU accelerate wraps the model then too."""
+    return torch.distributed.is_initialized()
+
+
 class _LossOf(nn.Module):
     """A student and its objective as one module: DistributedDataParallel wants to see the forward pass of the loss."""
 

@@ -30,7 +30,7 @@ from turbosparse.relufy.folders import load_model, load_tokenizer
 from turbosparse.relufy.objective import Layerwise, NextToken, Objective, ffns
 from turbosparse.relufy.optimizer import make_adamw
 from turbosparse.relufy.predictable import Predictors
-from turbosparse.relufy.processes import share, shared_loss, this_process
+from turbosparse.relufy.processes import is_shared, share, shared_loss, this_process
 from turbosparse.relufy.progress import ProgressLog
 from turbosparse.relufy.recipes import Recipe, Stage, load_recipe
 from turbosparse.relufy.roles import settle_roles
@@ -83,12 +83,12 @@ class RecoveryTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         with torch.autocast(self.args.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
-            loss = (shared_loss if self.args.world_size > 1 else self.objective)(model, inputs, self._progress())
+            loss = (shared_loss if is_shared() else self.objective)(model, inputs, self._progress())
         self.progress_log.add(loss.metrics)
         return loss.total
 
     def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        return model if self.args.world_size == 1 else share(model, self.objective, self.args.device)
+        return share(model, self.objective, self.args.device) if is_shared() else model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.stage.ffn_lr != 1:
