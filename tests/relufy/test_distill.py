@@ -43,3 +43,16 @@ def test_loss_and_gradients_equal_the_unchunked_formula(tensors, softcap, share)
     plain = _reference(hidden, weight, labels, softcap, 0, 0.0)
     torch.testing.assert_close(ce.mean(), plain, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(token_cross_entropy(hidden, weight, labels, softcap), ce)
+
+
+def test_each_token_has_a_share_of_its_own(tensors):
+    hidden, weight, labels, teacher_hidden = tensors
+    teacher_weight, share = torch.randn(17, 6), torch.linspace(0, 1, 13)
+    probabilities = F.softmax(teacher_hidden @ teacher_weight.T, -1)
+    expected_inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    _reference(*expected_inputs, labels, None, probabilities, share[:, None]).backward()
+
+    inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    mixed_cross_entropy(*inputs, labels, None, Teacher(teacher_hidden, teacher_weight, None), share)[0].backward()
+    for tensor, reference in zip(inputs, expected_inputs, strict=True):
+        torch.testing.assert_close(tensor.grad, reference.grad, rtol=1e-4, atol=1e-6)

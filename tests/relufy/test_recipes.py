@@ -42,6 +42,7 @@ def test_paths_counts_and_environment(tmp_path, monkeypatch):
         (lambda t: t.replace("cross_entropy", "layerwise"), "teacher"),
         (lambda t: t.replace('path: "web/*.jsonl"', "weight: 1"), "path"),
         (lambda t: t.replace("$TEXT", "$NOT_SET_ANYWHERE"), "environment variable"),
+        (lambda t: t.replace("1.0e-3}", "1.0e-3, distillation: {teacher: a, sources: [own]}}"), "own is no domain"),
         (lambda t: "- a list", "mapping"),
         (lambda t: "a: [", "YAML"),
     ],

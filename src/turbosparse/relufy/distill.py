@@ -35,7 +35,7 @@ def _chunk_loss(
     labels_N: Tensor,
     softcap: float | None,
     teacher: Teacher | None,
-    share: float,
+    share_N: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum over tokens of the mixed cross-entropy, the plain one of each, and the gradient of the products [N, V].
 
@@ -53,8 +53,8 @@ def _chunk_loss(
         grad_NV = grad_NV - is_label_NV.float()
     else:
         teacher_NV = F.softmax(_logits(*teacher), dim=-1)
-        loss_N = share * (log_norm_N - (teacher_NV * logits_NV).sum(-1)) + (1 - share) * ce_N
-        grad_NV = grad_NV - share * teacher_NV - (1 - share) * is_label_NV.float()
+        loss_N = share_N * (log_norm_N - (teacher_NV * logits_NV).sum(-1)) + (1 - share_N) * ce_N
+        grad_NV = grad_NV - share_N[:, None] * teacher_NV - (1 - share_N)[:, None] * is_label_NV.float()
     if softcap:
         grad_NV = grad_NV * (1 - (logits_NV / softcap).square())
     return loss_N.sum(), ce_N, grad_NV.to(hidden_ND.dtype)
@@ -69,7 +69,7 @@ class _ChunkedLoss(torch.autograd.Function):
         labels_N: Tensor,
         softcap: float | None,
         teacher: Teacher | None,
-        share: float,
+        share_N: Tensor,
         chunk_loss: Callable[..., tuple[Tensor, Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         n = labels_N.numel()
@@ -82,7 +82,9 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(start, start + _CHUNK)
             chunk = hidden_ND[rows].detach()
             chunk_teacher = teacher and teacher._replace(hidden_ND=teacher.hidden_ND[rows])
-            loss, ce_N[rows], grad_NV = chunk_loss(chunk, compute, labels_N[rows], softcap, chunk_teacher, share)
+            loss, ce_N[rows], grad_NV = chunk_loss(
+                chunk, compute, labels_N[rows], softcap, chunk_teacher, share_N[rows]
+            )
             grad_hidden_ND[rows] = grad_NV @ compute
             grad_weight_VD += grad_NV.T @ chunk
             total += loss
@@ -102,7 +104,7 @@ def mixed_cross_entropy(
     labels_N: Tensor,
     softcap: float | None = None,
     teacher: Teacher | None = None,
-    share: float = 0.0,
+    share: float | Tensor = 0.0,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Mean over tokens of the cross-entropy against `share` * teacher + (1 - share) * text.
@@ -112,13 +114,15 @@ def mixed_cross_entropy(
         weight_VD: output matrix, usually the fp32 master weights; its gradient comes back in its own dtype.
         labels_N: int64 ids of the tokens that follow.
         softcap: final logit softcap of Gemma 2, or None.
+        share: 0..1, of all tokens or of each, float32 [N].
         compiled: run each chunk through torch.compile.
 
     Returns:
         the loss, a float32 scalar, and the plain cross-entropy of every token, float32 [N], without gradient.
     """
     chunk_loss = _compiled_chunk_loss() if compiled else _chunk_loss
-    return _ChunkedLoss.apply(hidden_ND, weight_VD, labels_N, softcap, teacher, share, chunk_loss)
+    share_N = share if isinstance(share, Tensor) else torch.full(labels_N.shape, share, device=labels_N.device)
+    return _ChunkedLoss.apply(hidden_ND, weight_VD, labels_N, softcap, teacher, share_N, chunk_loss)
 
 
 def token_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, softcap: float | None = None) -> Tensor:

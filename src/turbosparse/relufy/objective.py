@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from turbosparse.relufy.distill import Teacher, mixed_cross_entropy
-from turbosparse.relufy.recipes import Distillation, Sparsity
+from turbosparse.relufy.recipes import Sparsity
 from turbosparse.relufy.sparsity import SparsityPressure, attach_taps
 
 _TAP_STRIDE = 8  # tokens between those whose activations the penalty looks at
@@ -88,7 +88,7 @@ class NextToken:
     """Cross-entropy on the text, mixed with a teacher's probabilities where one is given, plus the penalties.
 
     Args:
-        distillation: how to learn from `teacher`; None without one.
+        shares_S: of the teacher's probabilities in what is learned, 0..1, for each source of text, float32 [sources].
         agreement: one more penalty; None without it.
     """
 
@@ -97,7 +97,7 @@ class NextToken:
         student: Any,
         sparsity: Sparsity | None,
         teacher: Any = None,
-        distillation: Distillation | None = None,
+        shares_S: Tensor | None = None,
         dtype: torch.dtype | None = None,
         compiled: bool = False,
         agreement: Agreement | None = None,
@@ -105,7 +105,7 @@ class NextToken:
         self._sparsity, self._agreement = _SparsityTerm(ffns(student), sparsity), agreement
         if agreement is not None:
             agreement.attach()
-        self._teacher, self._share = teacher, distillation.share if distillation else 0.0
+        self._teacher, self._shares_S = teacher, shares_S
         self._dtype, self._compiled = dtype, compiled
 
     def _teach(self, ids_BT: Tensor) -> Teacher:
@@ -113,6 +113,12 @@ class NextToken:
             hidden_ND, _ = shifted(last_hidden(self._teacher, ids_BT, self._dtype), ids_BT)
         weight = self._teacher.get_output_embeddings().weight.detach()
         return Teacher(hidden_ND, weight.to(hidden_ND.dtype), softcap_of(self._teacher))
+
+    def _share(self, source_B: Tensor, labels_N: Tensor) -> Tensor | float:
+        """Of the teacher in each token [N]: that of the source of its window."""
+        if self._shares_S is None:
+            return 0.0
+        return self._shares_S[source_B].repeat_interleave(labels_N.numel() // source_B.numel())
 
     def __call__(self, model: Any, batch: dict[str, Tensor], progress: float) -> Loss:
         ids_BT = batch["input_ids"]
@@ -126,7 +132,7 @@ class NextToken:
             labels_N,
             softcap_of(model),
             teacher,
-            self._share,
+            self._share(batch["domain"], labels_N),
             self._compiled,
         )
         metrics = {"ce": ce_N.mean(), "window_ce": ce_N.view(ids_BT.shape[0], -1).mean(-1), "domain": batch["domain"]}

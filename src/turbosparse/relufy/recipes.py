@@ -81,6 +81,9 @@ class Distillation(_Strict):
 
     teacher: str
     share: float = Field(default=0.9, ge=0, le=1)
+    sources: list[str] | None = Field(
+        default=None, min_length=1, description="domains that the teacher knows; what it does not know is text alone"
+    )
 
 
 class Predictability(_Strict):
@@ -148,6 +151,15 @@ class Recipe(_Strict):
     workers: int = Field(default=2, ge=0)
     log_every: int = Field(default=10, gt=0)
 
+    @model_validator(mode="after")
+    def _taught_sources_exist(self) -> Recipe:
+        domains = {source.domain for source in self.data.sources}
+        for stage in self.stages:
+            taught = (stage.distillation.sources if stage.distillation else None) or []
+            if unknown := [name for name in taught if name not in domains]:
+                raise ValueError(f"stage {stage.name}: distillation.sources: {unknown[0]} is no domain of data.sources")
+        return self
+
 
 _PATH_KEYS = {"model", "output", "path", "cache", "teacher"}
 
@@ -197,4 +209,5 @@ def load_recipe(path: Path) -> Recipe:
         first_error = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
         key = ".".join(str(part) for part in first_error["loc"]) or "recipe"
         reason = "unknown key; remove it" if first_error["type"] == "extra_forbidden" else first_error["msg"]
+        reason = reason.removeprefix("Value error, ")  # pydantic's word for what our own checks say
         raise UserError(f"{path}: {key}: {reason}") from None

@@ -224,6 +224,15 @@ def _predictors(
     return predictors
 
 
+def _shares(recipe: Recipe, stage: Stage, device: torch.device) -> Tensor | None:
+    """What a stage takes from its teacher, 0..1, for each source of text."""
+    if stage.distillation is None:
+        return None
+    share, taught = stage.distillation.share, stage.distillation.sources
+    known = [taught is None or source.domain in taught for source in recipe.data.sources]
+    return torch.tensor([share if knows else 0.0 for knows in known], device=device)
+
+
 def _objective(
     recipe: Recipe,
     stage: Stage,
@@ -247,7 +256,8 @@ def _objective(
         _compile(list(model.model.layers))
         if teacher is not None:
             _compile(list(teacher.model.layers))
-    return NextToken(model, stage.sparsity, teacher, stage.distillation, dtype, compiled, predictors)
+    shares = _shares(recipe, stage, device)
+    return NextToken(model, stage.sparsity, teacher, shares, dtype, compiled, predictors)
 
 
 def _mixture(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, stage_index: int) -> Mixture:
