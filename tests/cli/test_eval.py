@@ -126,7 +126,7 @@ BAD = {
     "no such data": (["{sparse}", "--data-dir", "nowhere"], "--data-dir nowhere is not a folder"),
     "missing file": (["{sparse}", "--data-dir", "{empty}", "--tasks", "piqa"], "holds piqa/validation.jsonl"),
     "no model": (["nowhere.gguf", "--data-dir", "{data}"], "nowhere.gguf"),
-    "no folder of a model": (["{empty}", "--data-dir", "{data}"], "cannot be loaded"),
+    "no folder of a model": (["{empty}", "--data-dir", "{data}"], "no config.json"),
     "mode of a folder": (["{folder}", "--data-dir", "{data}", "--mode", "dense"], "export it first"),
     "exact on dense": (["{dense}", "--data-dir", "{data}", "--mode", "exact"], "mode exact is not possible"),
     "batch of a file": (["{sparse}", "--data-dir", "{data}", "--batch", "2"], "--batch is for Hugging Face folders"),

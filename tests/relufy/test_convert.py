@@ -19,6 +19,7 @@ from turbosparse.errors import UserError
 from turbosparse.model.export import export_gguf
 from turbosparse.relufy.convert import convert
 from turbosparse.relufy.drelu import FAMILIES, SparseGLU, drelu, reglu
+from turbosparse.relufy.source import DENSE_TYPES
 
 _SIZES = {
     "hidden_size": 32,
@@ -48,6 +49,10 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folders[family] = folder / family
         model.save_pretrained(folders[family])
     return folders
+
+
+def test_what_is_said_before_torch_is_loaded_knows_every_family():
+    assert set(DENSE_TYPES) == set(FAMILIES)
 
 
 def _by_hand(model: torch.nn.Module, activation: str) -> None:

@@ -31,6 +31,10 @@ def command(
 ) -> None:
     """Swap the activation: a dense model in, a Hugging Face folder with dReLU out."""
     with extra("train"):
+        from turbosparse.relufy.source import check_source
+
+        check_source(source, out, keep=activation is Activation.keep)  # said before torch is loaded: that takes seconds
+
         from turbosparse.relufy.convert import convert
 
     record = convert(source, out, activation.value)

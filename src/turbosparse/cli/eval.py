@@ -114,9 +114,12 @@ class _How:
     dtype: Dtype | None
 
     def check(self, models: list[str]) -> None:
-        """Refuse an option that none of the models has a use for."""
+        """Refuse a folder that holds no model, and an option that none of the models has a use for."""
         named = " and ".join(models)
         folders = [Path(name).is_dir() for name in models]
+        for name, is_folder in zip(models, folders, strict=True):
+            if is_folder and not (Path(name) / "config.json").is_file():
+                raise UserError(f"{name}: has no config.json; give a GGUF file or the folder of a model.")
         if self.mode is not options.Mode.auto and all(folders):
             raise UserError(
                 f"--mode {self.mode.value}: modes are the engine's, and {named} is a folder; export it first."

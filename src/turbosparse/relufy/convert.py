@@ -6,9 +6,7 @@ costs a copy; what makes the model good again is training.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,16 +18,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from turbosparse.errors import UserError
-from turbosparse.model.families import HF_PREFIX
 from turbosparse.model.provenance import LICENCE_NAME, README, Provenance, note_provenance, provenance
 from turbosparse.relufy.drelu import ACTIVATIONS, FAMILIES, check_dense
+from turbosparse.relufy.source import CONFIG, check_checkpoint, check_source
 from turbosparse.relufy.unpack import unpack
 
 KEEP = "keep"
-_CONFIG = "config.json"
 # What makes up a checkpoint. Pickles are not on the list, nor is code that a folder brings along.
 _KEPT = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def convert(source: str | Path, out: Path, activation: str = "drelu") -> dict[str, Any]:
@@ -49,6 +45,7 @@ def convert(source: str | Path, out: Path, activation: str = "drelu") -> dict[st
     """
     if activation not in (*ACTIVATIONS, KEEP):
         raise UserError(f"--activation {activation}: choose one of {', '.join((*ACTIVATIONS, KEEP))}.")
+    check_source(str(source), out, keep=activation == KEEP)
     with _new_folder(out) as partial:
         origin = _write_checkpoint(str(source), partial, keep=activation == KEEP)
         config = _checked_config(str(source), partial, keep=activation == KEEP)
@@ -69,8 +66,6 @@ def convert(source: str | Path, out: Path, activation: str = "drelu") -> dict[st
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` if the block succeeds and vanishes if it does not."""
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another folder or remove it.")
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
@@ -90,18 +85,13 @@ def _write_checkpoint(source: str, folder: Path, keep: bool) -> Provenance:
         return provenance(path)
     if path.is_file():
         return _read_gguf(path, folder, keep)
-    if _HUB_ID.fullmatch(source):
-        snapshot = _download(source)
-        _copy_checkpoint(snapshot, folder)
-        return Provenance(provenance(snapshot).license, source)
-    raise UserError(f"{source}: no such file or folder, and no hub id (owner/name); check the name.")
+    snapshot = _download(source)
+    check_checkpoint(snapshot, source, keep)
+    _copy_checkpoint(snapshot, folder)
+    return Provenance(provenance(snapshot).license, source)
 
 
 def _copy_checkpoint(source: Path, folder: Path) -> None:
-    if not (source / _CONFIG).is_file():
-        raise UserError(f"{source}: has no {_CONFIG}; give the folder of a Hugging Face checkpoint.")
-    if not any(source.glob("*.safetensors")):
-        raise UserError(f"{source}: has no .safetensors file; pickled weights are not loaded, save it as safetensors.")
     for file in sorted({file for pattern in _KEPT for file in source.glob(pattern) if file.is_file()}):
         shutil.copyfile(file, folder / file.name)
 
@@ -156,23 +146,14 @@ def _read_dense_gguf(path: Path, folder: Path) -> None:
 
 def _checked_config(source: str, folder: Path, keep: bool) -> Any:
     """The config of a model of a supported family, dense unless it is kept as it is."""
-    try:
-        values = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        model_type = str(values.get("model_type"))
-    except (ValueError, AttributeError):
-        raise UserError(f"{source}: {_CONFIG} is not a JSON object; the checkpoint is damaged.") from None
-    sparse = model_type.startswith(HF_PREFIX)
-    if sparse and not keep:
-        raise UserError(f"{source}: is a sparse model already ({model_type}); convert the dense one.")
-    if not sparse and model_type not in FAMILIES:
-        raise UserError(f"{source}: the model type {model_type[:60]!r} is not supported; {', '.join(FAMILIES)} are.")
+    sparse = check_checkpoint(folder, source, keep)
     try:
         config = AutoConfig.from_pretrained(folder)
         if not sparse:
             check_dense(config)
     except (ValueError, TypeError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{source}: {_CONFIG} cannot be used ({reason}).") from None
+        raise UserError(f"{source}: {CONFIG} cannot be used ({reason}).") from None
     return config
 
 
