@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from turbosparse.analyze.statistics import Prediction, SparsityReport, summarise
 from turbosparse.errors import UserError
+from turbosparse.folders import PlainTokenizer, load_folder
 
 if TYPE_CHECKING:
     from turbosparse.engine import Engine
@@ -47,30 +49,28 @@ def capture_hf(folder: Path, data: Path, limit: int | None = None, progress: Pro
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; give a Hugging Face folder or a GGUF file.")
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
-        raise UserError("Hugging Face folders need torch; install turbosparse[train], or export to GGUF.") from None
-    from turbosparse.evaluate.perplexity import _HFTokenizer
     from turbosparse.evaluate.windows import windows
 
+    tokenizer, model = load_folder(folder)
+    import torch
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
         counters = [_LayerCounter(layer.mlp) for layer in model.model.layers]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{folder} cannot be loaded as a model with gated FFNs ({reason}).") from None
+    except AttributeError as error:
+        raise UserError(f"{folder} is no model with gated FFNs ({error}).") from None
     tokens = 0
     with torch.inference_mode():
-        for window in windows(_HFTokenizer(tokenizer), data, limit=limit):
-            model.model(torch.tensor([window]), use_cache=False)
+        for window in windows(PlainTokenizer(tokenizer), data, limit=limit):
+            model.model(torch.tensor([window], device=model.device), use_cache=False)
             tokens += len(window)
             if progress is not None:
                 progress(tokens)
-    gate, up, h = (np.stack([getattr(counter, name).numpy() for counter in counters]) for name in ("gate", "up", "h"))
+    gate, up, h = (_stacked(counters, name) for name in ("gate", "up", "h"))
     return summarise(tokens, gate, up, h)
+
+
+def _stacked(counters: Sequence[_LayerCounter], name: str) -> npt.NDArray[np.int64]:
+    return np.stack([getattr(counter, name).cpu().numpy() for counter in counters])
 
 
 class _LayerCounter:
@@ -80,7 +80,8 @@ class _LayerCounter:
         import torch
 
         neurons = mlp.gate_proj.out_features
-        self.gate, self.up, self.h = (torch.zeros(neurons, dtype=torch.int64) for _ in range(3))
+        device = mlp.gate_proj.weight.device
+        self.gate, self.up, self.h = (torch.zeros(neurons, dtype=torch.int64, device=device) for _ in range(3))
         mlp.gate_proj.register_forward_hook(lambda _module, _inputs, output: self._add(self.gate, output > 0))
         mlp.up_proj.register_forward_hook(lambda _module, _inputs, output: self._add(self.up, output > 0))
         mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: self._add(self.h, inputs[0] != 0))

@@ -9,8 +9,8 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 from transformers.utils import logging as transformers_logging
 
-from turbosparse.evaluate.folder import load_folder
 from turbosparse.evaluate.harness import tokens_to_write
+from turbosparse.folders import load_folder
 
 _BATCHES = 16  # between two reports; requests of one length stay together, so that little is padded
 

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from turbosparse.errors import UserError
-from turbosparse.evaluate.folder import load_folder
 from turbosparse.evaluate.windows import WINDOW, windows
+from turbosparse.folders import PlainTokenizer, load_folder
 from turbosparse.model.config import ModelConfig
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -115,7 +115,7 @@ def perplexity_hf(
     import torch
 
     total = _Total("hf", progress)
-    for window in windows(_HFTokenizer(tokenizer), path, length, limit):
+    for window in windows(PlainTokenizer(tokenizer), path, length, limit):
         with torch.inference_mode():
             logits = model(torch.tensor([window[:-1]], device=model.device)).logits[0]
         total.add(negative_log_likelihoods(logits.float().cpu().numpy(), window[1:]))
@@ -211,16 +211,3 @@ class _Total:
             raise UserError("There is no token to predict; give a longer text.")
         nats = math.fsum(self._sums) / self._tokens
         return PerplexityResult(self._mode, self._tokens, nats, math.exp(nats) if nats < 700 else math.inf)
-
-
-class _HFTokenizer:
-    """The tokenizer of a Hugging Face folder, as `windows` wants it."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.eos_id: int | None = tokenizer.eos_token_id
-
-    def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
-        # Without `split_special_tokens` a text that quotes "<eos>" would hold a control token.
-        # Not verbose: a document may be longer than a context, since windows are cut from it.
-        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False))

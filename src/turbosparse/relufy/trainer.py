@@ -22,11 +22,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from turbosparse.errors import UserError
+from turbosparse.folders import load_model, load_tokenizer
 from turbosparse.model.provenance import carry_licence
 from turbosparse.relufy.allot import allot_neurons
 from turbosparse.relufy.callbacks import PredictorsStep, TimeLimit
 from turbosparse.relufy.data import Mixture, build_mixture, check_sources, validation_windows
-from turbosparse.relufy.folders import load_model, load_tokenizer
 from turbosparse.relufy.objective import Layerwise, NextToken, Objective, ffns
 from turbosparse.relufy.optimizer import make_adamw
 from turbosparse.relufy.predictable import Predictors
@@ -282,7 +282,7 @@ def _run_stage(
     arguments = _arguments(recipe, stage, partial)
     device = arguments.device
     dtype = torch.bfloat16 if device.type == "cuda" else None  # fp32 master weights, bf16 matrix products
-    model = load_model(str(checkpoint or source), torch.float32)  # the checkpoint's config may hold thresholds
+    model = load_model(checkpoint or source)  # the checkpoint's config may hold thresholds
     tokenizer = load_tokenizer(source)
     cache = Path(recipe.data.cache)
     with process.main_process_first():  # the others find the text tokenised
