@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable
 from functools import cache
@@ -13,6 +14,12 @@ import pytest
 def pytest_configure() -> None:
     """Hear Ctrl-C: a shell's background job ignores it, and so would the commands that tests interrupt."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Leave the tests and what they import out of garbage collection: Trainer asks for a full one at every turn."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
