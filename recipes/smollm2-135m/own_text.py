@@ -5,9 +5,9 @@
 A model pre-trained on far more text than anybody has at hand still holds its distribution; samples of it are broad text
 for distillation (data-free, as in LLM-QAT, arXiv 2305.17888). MODEL: a Hugging Face folder of a Llama that was tuned to
 chat. Three rows of four begin with an end of text and go on with whatever comes, documents one after the other; the
-fourth begins with a user's turn, and the model writes both sides (Magpie, arXiv 2406.08464). OUT gets records {"text"}
-and {"messages"} as `turbosparse train` reads them. Half of the rows are sampled at temperature 0.75, half
-at 0.9: at 1 a model of this size writes little that makes sense.
+fourth begins with a user's turn, and the model writes both sides (Magpie, arXiv 2406.08464). Half of the rows are
+sampled at temperature 0.75, half at 0.9: at 1 a model of this size writes little that makes sense. OUT gets records
+{"text"} and {"messages"} as `turbosparse train` reads them.
 
 All rows of a batch stand at the same position, so a step is one token for each of them: a plain forward pass over a
 key-value cache, large enough (4096 rows) to keep a GPU busy without captured graphs.
@@ -141,6 +141,39 @@ def _count(text: str) -> int:
     return round(float(text[:-1]) * 10**6) if text[-1:] in "mM" else int(text)
 
 
+def _write(
+    options: argparse.Namespace,
+    decoder: Decoder,
+    tokenizer: Any,
+    starts_BP: Tensor,
+    temperature_B1: Tensor,
+    begin: float,
+) -> int:
+    """Write the records of one batch of rows after the other; returns how many tokens that were."""
+    partial, written = options.out.with_name(options.out.name + ".partial"), 0
+
+    def save(rows: list[list[int]]) -> None:
+        for text in tokenizer.batch_decode(rows, skip_special_tokens=False):
+            for record in records(text.removeprefix(_END_OF_TEXT)):
+                out.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    try:
+        with partial.open("w", encoding="utf-8") as out, ThreadPoolExecutor(1) as writer:
+            saves = []
+            while written < options.tokens and time.monotonic() - begin < options.seconds:
+                ids_BT = write_rows(decoder, starts_BP, options.length, temperature_B1)
+                saves.append(writer.submit(save, ids_BT.tolist()))  # while the next batch is being written
+                written += ids_BT.numel()
+                speed = written / (time.monotonic() - begin)
+                print(f"{written / 1e6:.1f}M tokens, {speed:.0f} tokens/s", flush=True)
+            for finished in saves:
+                finished.result()
+        os.replace(partial, options.out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return written
+
+
 def main() -> None:
     """Write OUT, one batch of rows after the other, until there are enough tokens or the time is up."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -152,6 +185,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=640, help="tokens of a row")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    config = options.model / "config.json"
+    if not config.is_file() or json.loads(config.read_text())["model_type"] != "llama":
+        parser.error(f"{options.model}: is not the folder of a dense Llama; this script knows no other family")
     begin = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -164,24 +200,7 @@ def main() -> None:
     halves = torch.arange(options.rows, device=device)[:, None] // 4 % 2
     temperature_B1 = torch.tensor(_TEMPERATURES, device=device)[halves]
 
-    partial, written = options.out.with_name(options.out.name + ".partial"), 0
-    with partial.open("w", encoding="utf-8") as out, ThreadPoolExecutor(1) as writer:
-
-        def save(rows: list[list[int]]) -> None:
-            for text in tokenizer.batch_decode(rows, skip_special_tokens=False):
-                for record in records(text.removeprefix(_END_OF_TEXT)):
-                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-        saves = []
-        while written < options.tokens and time.monotonic() - begin < options.seconds:
-            ids_BT = write_rows(decoder, starts_BP, options.length, temperature_B1)
-            saves.append(writer.submit(save, ids_BT.tolist()))  # while the next batch is being written
-            written += ids_BT.numel()
-            seconds = time.monotonic() - begin
-            print(f"{written / 1e6:.1f}M tokens, {written / seconds:.0f} tokens/s", flush=True)
-        for finished in saves:
-            finished.result()
-    os.replace(partial, options.out)
+    written = _write(options, decoder, tokenizer, starts_BP, temperature_B1, begin)
     print(f"{options.out}: {written / 1e6:.1f}M tokens; name it as a source of a recipe")
 
 

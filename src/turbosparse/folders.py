@@ -7,6 +7,18 @@ from typing import Any
 
 from turbosparse.errors import UserError
 
+CONFIG = "config.json"
+
+
+def check_folder(folder: Path, name: str | None = None) -> None:
+    """Check that a folder holds a model at all, before torch is loaded, which takes seconds.
+
+    Raises:
+        UserError: it has no config.json; `name` is what the user calls it.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{name or folder}: has no {CONFIG}; give the folder of a Hugging Face checkpoint.")
+
 
 def load_model(folder: str | Path, dtype: Any = "float32") -> Any:
     """The causal language model of a folder or hub id, sparse or dense, from safetensors.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from turbosparse.analyze.statistics import Prediction, SparsityReport, summarise
 from turbosparse.errors import UserError
-from turbosparse.folders import PlainTokenizer, load_folder
+from turbosparse.folders import PlainTokenizer, check_folder, load_folder
 
 if TYPE_CHECKING:
     from turbosparse.engine import Engine
@@ -47,8 +47,7 @@ def capture_hf(folder: Path, data: Path, limit: int | None = None, progress: Pro
     Raises:
         UserError: torch is missing, or the folder is no model with gated FFNs.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json; give a Hugging Face folder or a GGUF file.")
+    check_folder(folder)
     from turbosparse.evaluate.windows import windows
 
     tokenizer, model = load_folder(folder)

@@ -13,6 +13,7 @@ from turbosparse.cli import options, output
 from turbosparse.cli.extras import extra
 from turbosparse.cli.loading import load_engine, reading_mode
 from turbosparse.errors import UserError
+from turbosparse.folders import check_folder
 
 if TYPE_CHECKING:
     from turbosparse.evaluate.scores import Comparison, Scores
@@ -118,8 +119,8 @@ class _How:
         named = " and ".join(models)
         folders = [Path(name).is_dir() for name in models]
         for name, is_folder in zip(models, folders, strict=True):
-            if is_folder and not (Path(name) / "config.json").is_file():
-                raise UserError(f"{name}: has no config.json; give a GGUF file or the folder of a model.")
+            if is_folder:
+                check_folder(Path(name))
         if self.mode is not options.Mode.auto and all(folders):
             raise UserError(
                 f"--mode {self.mode.value}: modes are the engine's, and {named} is a folder; export it first."

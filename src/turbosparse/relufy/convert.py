@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from turbosparse.errors import UserError
+from turbosparse.folders import CONFIG
 from turbosparse.model.provenance import LICENCE_NAME, README, Provenance, note_provenance, provenance
 from turbosparse.relufy.drelu import ACTIVATIONS, FAMILIES, check_dense
-from turbosparse.relufy.source import CONFIG, check_checkpoint, check_source
+from turbosparse.relufy.source import check_checkpoint, check_source
 from turbosparse.relufy.unpack import unpack
 
 KEEP = "keep"

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from turbosparse.errors import UserError
+from turbosparse.folders import CONFIG, check_folder
 from turbosparse.model.families import HF_PREFIX
 
-CONFIG = "config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DENSE_TYPES = ("llama", "mistral", "gemma2", "gemma3_text", "qwen2", "qwen3")  # those of drelu.FAMILIES
 
@@ -48,8 +48,7 @@ def check_checkpoint(folder: Path, source: str, keep: bool) -> bool:
     Raises:
         UserError: it does not.
     """
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{source}: has no {CONFIG}; give the folder of a Hugging Face checkpoint.")
+    check_folder(folder, source)
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{source}: has no .safetensors file; pickled weights are not loaded, save it as safetensors.")
     try:
