@@ -1,6 +1,6 @@
 """Let a dense model write the text that a corpus lacks: the sparse model then learns from it what the dense one knows.
 
-    python own_text.py MODEL OUT.jsonl --tokens 30M [--seconds S] [--seed N]
+    python own_text.py MODEL OUT.jsonl --tokens 30_000_000 [--seconds S] [--seed N]
 
 A model pre-trained on far more text than anybody has at hand still holds its distribution; samples of it are broad text
 for distillation (data-free, as in LLM-QAT, arXiv 2305.17888). MODEL: a Hugging Face folder of a Llama that was tuned to
@@ -137,10 +137,6 @@ def _starts(tokenizer: Any, rows: int, device: torch.device) -> Tensor:
     return starts
 
 
-def _count(text: str) -> int:
-    return round(float(text[:-1]) * 10**6) if text[-1:] in "mM" else int(text)
-
-
 def _write(
     options: argparse.Namespace,
     decoder: Decoder,
@@ -179,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--tokens", type=_count, default=_count("30M"))
+    parser.add_argument("--tokens", type=int, default=30_000_000)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further batch after this long")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--length", type=int, default=640, help="tokens of a row")

@@ -65,9 +65,10 @@ def load_folder(folder: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
     """(tokenizer, model) of a folder, ready to be read, on the GPU if there is one.
 
     Raises:
-        UserError: as `load_model` and `load_tokenizer`.
+        UserError: as `check_folder`, `load_tokenizer` and `load_model`.
     """
-    model, tokenizer = load_model(folder, dtype), load_tokenizer(folder)
+    check_folder(Path(folder))
+    tokenizer, model = load_tokenizer(folder), load_model(folder, dtype)
     import torch
 
     return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from turbosparse.analyze.statistics import Prediction, SparsityReport, summarise
 from turbosparse.errors import UserError
-from turbosparse.folders import PlainTokenizer, check_folder, load_folder
+from turbosparse.folders import PlainTokenizer, load_folder
 
 if TYPE_CHECKING:
     from turbosparse.engine import Engine
@@ -47,7 +47,6 @@ def capture_hf(folder: Path, data: Path, limit: int | None = None, progress: Pro
     Raises:
         UserError: torch is missing, or the folder is no model with gated FFNs.
     """
-    check_folder(folder)
     from turbosparse.evaluate.windows import windows
 
     tokenizer, model = load_folder(folder)

@@ -118,8 +118,8 @@ class _How:
         """Refuse a folder that holds no model, and an option that none of the models has a use for."""
         named = " and ".join(models)
         folders = [Path(name).is_dir() for name in models]
-        for name, is_folder in zip(models, folders, strict=True):
-            if is_folder:
+        for name in models:
+            if Path(name).is_dir():
                 check_folder(Path(name))
         if self.mode is not options.Mode.auto and all(folders):
             raise UserError(
