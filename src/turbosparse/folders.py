@@ -35,12 +35,15 @@ def load_model(folder: str | Path, dtype: Any = "float32") -> Any:
     except ImportError:
         raise UserError("Hugging Face folders need torch; install turbosparse[train], or export to GGUF.") from None
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except Exception as error:  # damaged weights and impossible configs make the library raise many kinds
         raise UserError(
             f"{folder}: cannot load the model ({_reason(error)}); give the folder of a causal language model, or make "
             "one with `turbosparse convert`."
         ) from None
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # the library's fast ones leave out Gemma 2's softcap
+    return model
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -55,7 +58,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise UserError("Hugging Face folders need torch; install turbosparse[train], or export to GGUF.") from None
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as above; a damaged tokenizer.json even plain ones
         raise UserError(
             f"{folder}: cannot load the tokenizer ({_reason(error)}); put its tokenizer.json beside the model."
         ) from None
