@@ -38,6 +38,19 @@ def test_tokens_are_documents_joined_by_eos_and_cached_by_content(tmp_path, toke
     assert tokenize(limited, tokenizer, tmp_path / "cache").tolist() == [2, 5, 0, 4]
 
 
+def test_a_tokenizer_that_truncates_and_pads_does_neither_here(tmp_path, tokenizer):
+    texts = ["w0 w1 w2 w3", "w4"]
+    expected = tokenize(_source(tmp_path, "a", texts), tokenizer, tmp_path / "cache").tolist()
+    tokenizer.save_pretrained(tmp_path / "saved")
+    cutting = Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    cutting.enable_truncation(2)  # as a fine-tuning leaves it
+    cutting.enable_padding(length=2)
+    cutting.save(str(tmp_path / "saved" / "tokenizer.json"))
+    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")
+    assert loaded.backend_tokenizer.truncation is not None
+    assert tokenize(_source(tmp_path, "a", texts), loaded, tmp_path / "other").tolist() == expected
+
+
 def test_nothing_half_written_stays(tmp_path, tokenizer):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "w0"}\nnot json\n')

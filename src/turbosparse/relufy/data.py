@@ -88,6 +88,9 @@ def tokenize(source: TextSource, tokenizer: Any, cache: Path) -> npt.NDArray[np.
     Raises:
         UserError: no file matches, a file is not what it says, or the source holds no text.
     """
+    # What a fine-tuning left in tokenizer.json would cut every document, or fill it up with padding.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     path = cache / f"{source.domain}-{_fingerprint(source, tokenizer)}.{dtype.name}"
     if not path.exists():
