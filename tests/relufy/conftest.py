@@ -26,6 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>")
     tokenizer.save_pretrained(folder / "dense")
     convert(folder / "dense", folder / "drelu")
+    convert(folder / "dense", folder / "reglu", activation="reglu")
     rng = np.random.default_rng(0)
     for name in "ab":
         documents = ({"text": " ".join(f"w{j}" for j in rng.integers(50, size=40))} for _ in range(60))

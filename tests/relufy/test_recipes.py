@@ -45,6 +45,10 @@ def test_paths_counts_and_environment(tmp_path, monkeypatch):
         (lambda t: t.replace("1.0e-3}", "1.0e-3, distillation: {teacher: a, sources: [own]}}"), "own is no domain"),
         (lambda t: "- a list", "mapping"),
         (lambda t: "a: [", "YAML"),
+        (lambda t: "seed: 2026-13-45", "YAML"),
+        (lambda t: "[" * 50_000, "YAML"),
+        (lambda t: t.replace("models/dense", "&a [*a]"), "itself"),
+        (lambda t: t.replace("sources: [", "sources: [{domain: web, path: a.txt}, "), "web twice"),
     ],
 )
 def test_mistakes_give_one_sentence_that_names_the_key(tmp_path, monkeypatch, edit, word):
@@ -52,6 +56,12 @@ def test_mistakes_give_one_sentence_that_names_the_key(tmp_path, monkeypatch, ed
     with pytest.raises(UserError, match=word) as caught:
         load_recipe(_write(tmp_path, edit(_RECIPE)))
     assert "\n" not in str(caught.value)
+
+
+def test_a_stage_of_the_recipe_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEXT", "/text")
+    distilled = _RECIPE.replace("1.0e-3}", "1.0e-3, distillation: {teacher: out/1-recover}}")
+    assert load_recipe(_write(tmp_path, distilled)).stages[0].distillation.teacher == str(tmp_path / "out/1-recover")
 
 
 def test_missing_recipe(tmp_path):

@@ -77,14 +77,16 @@ def test_validation_equals_a_plain_forward_pass(folder, whole_run):
     model = AutoModelForCausalLM.from_pretrained(whole_run / "2-recover", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(whole_run / "2-recover")
     windows = validation_windows(TextSource(domain="a", path=str(folder / "a.jsonl")), tokenizer, folder / "cache", 16)
-    zeros = []
+    zeros, closed = [], []
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_hook(lambda _m, inputs, _o: zeros.append((inputs[0] == 0).float().mean()))
+        layer.mlp.gate_proj.register_forward_hook(lambda _m, _i, gate: closed.append((gate <= 0).float().mean()))
     with torch.no_grad():
         loss = model(windows, labels=windows).loss.item()
     metrics = json.loads((whole_run / "2-recover" / "metrics.json").read_text())
     assert metrics["eval_a_ce"] == pytest.approx(loss, rel=1e-5)
     assert metrics["eval_a_sparsity_h"] == pytest.approx(torch.stack(zeros).mean().item(), abs=1e-6)
+    assert metrics["eval_a_sparsity_gate"] == pytest.approx(torch.stack(closed).mean().item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("interrupted_step", [2, 7])
@@ -135,6 +137,34 @@ def test_a_half_written_checkpoint_is_not_resumed(folder, monkeypatch):
     assert trainer_module._last_checkpoint(partial) == partial / "checkpoint-4"
 
 
+def test_a_model_that_could_not_be_written_costs_no_training(folder, monkeypatch):
+    recipe = _recipe(folder, "full-disk")
+    original = RecoveryTrainer.compute_loss
+    monkeypatch.setattr(trainer_module, "carry_licence", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        train_from_recipe(recipe)
+    monkeypatch.undo()
+
+    def not_again(self, *args, **kwargs):
+        assert self.stage.name == "recover"  # the first stage was trained, and not the second
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RecoveryTrainer, "compute_loss", not_again)
+    assert train_from_recipe(recipe, resume=True)["done"]
+    assert not list((folder / "full-disk" / "1-warm").glob("checkpoint-*"))
+
+
+def test_a_run_stops_in_time_and_goes_on(folder, whole_run):
+    recipe = _recipe(folder, "in-time")
+    while not (result := train_from_recipe(recipe, resume=True, max_seconds=0))["done"]:
+        assert result["output"] is None
+    stopped, expected = (
+        AutoModelForCausalLM.from_pretrained(run / "2-recover") for run in (folder / "in-time", whole_run)
+    )
+    for (name, tensor), reference in zip(stopped.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(tensor, reference), name
+
+
 def test_another_recipe_cannot_resume_a_run(folder, whole_run):
     (folder / "other").mkdir()
     recipe = _recipe(folder, "whole")
@@ -153,7 +183,12 @@ def test_a_dense_control_trains_with_the_same_code(folder):
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [(("model: drelu", "model: absent"), "absent"), (("device_windows: 4", "device_windows: 3"), "divisor")],
+    [
+        (("model: drelu", "model: absent"), "absent"),
+        (("device_windows: 4", "device_windows: 3"), "divisor"),
+        (("model: drelu", "model: dense"), "sparse models"),
+        (("model: drelu", "model: reglu"), "dReLU models"),
+    ],
 )
 def test_what_the_user_got_wrong(folder, change, word):
     recipe = _recipe(folder, f"wrong-{word}")

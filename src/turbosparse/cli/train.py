@@ -15,6 +15,10 @@ from turbosparse.cli.options import Json
 def command(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, on what, for how long.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option("--max-seconds", min=0, help="Stop after this long, with a checkpoint to go on from."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Train a converted model back to full quality, as a recipe says."""
@@ -26,7 +30,7 @@ def command(
         from turbosparse.relufy.processes import this_process
         from turbosparse.relufy.trainer import train_from_recipe
 
-    result = train_from_recipe(recipe, resume=resume)
+    result = train_from_recipe(recipe, resume, max_seconds)
     if not this_process().is_main_process:
         return
     if json:
@@ -34,3 +38,5 @@ def command(
     else:
         for key, value in result.items():
             print(f"{key}: {value}")
+    if not result["done"]:
+        output.notice(f"next: turbosparse train {recipe} --resume")

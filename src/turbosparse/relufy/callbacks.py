@@ -26,8 +26,9 @@ class PredictorsStep(TrainerCallback):
 class TimeLimit(TrainerCallback):
     """Stops a stage, with a checkpoint to resume from, once its time is up."""
 
-    def __init__(self, max_seconds: float | None) -> None:
-        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+    def __init__(self, deadline: float | None) -> None:
+        """Deadline: by `time.monotonic`; None: there is none."""
+        self._deadline = deadline
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._deadline is None or state.global_step == state.max_steps:

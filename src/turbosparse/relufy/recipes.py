@@ -61,6 +61,14 @@ class Data(_Strict):
     context: int = Field(default=1024, ge=8)
     cache: str = ".cache/tokens"
 
+    @model_validator(mode="after")
+    def _domains_differ(self) -> Data:
+        for name, texts in (("sources", self.sources), ("validation", self.validation)):
+            domains = [text.domain for text in texts]
+            if twice := next((domain for domain in domains if domains.count(domain) > 1), None):
+                raise ValueError(f"`{name}` has the domain {twice} twice; give every entry its own, or one `path`")
+        return self
+
 
 class Sparsity(_Strict):
     """The penalty that keeps neurons quiet; rates are shares of active neurons, 0..1 (see sparsity.py)."""
@@ -124,7 +132,7 @@ class Stage(_Strict):
     predictability: Predictability | None = None
     distillation: Distillation | None = None
     eval_every: int | None = Field(default=None, gt=0, description="steps")
-    save_every: int | None = Field(default=None, gt=0, description="steps")
+    save_every: int = Field(default=1000, gt=0, description="steps from one checkpoint to the next")
 
     @model_validator(mode="after")
     def _options_fit(self) -> Stage:
@@ -164,26 +172,32 @@ class Recipe(_Strict):
 _PATH_KEYS = {"model", "output", "path", "cache", "teacher"}
 
 
-def _resolve_paths(node: Any, folder: Path) -> Any:
+def _resolve_paths(node: Any, folder: Path, output: Path | None = None) -> Any:
+    """The recipe with its paths made absolute; `output` is where its own stages will lie."""
     if isinstance(node, list):
-        return [_resolve_paths(item, folder) for item in node]
+        return [_resolve_paths(item, folder, output) for item in node]
     if not isinstance(node, dict):
         return node
+    if isinstance(node.get("output"), str):
+        output = folder / os.path.expandvars(node["output"])
     resolved = {}
     for key, value in node.items():
         if key in _PATH_KEYS and isinstance(value, str):
-            expanded = os.path.expandvars(value)
-            if "$" in expanded:
-                raise UserError(f"recipe: {key}: {value} names an environment variable that is not set; set it")
-            # A hub id (org/name) stays as it is unless a folder of that name lies beside the recipe.
-            local = folder / expanded
-            is_hub_id = (
-                key in {"model", "teacher"} and re.fullmatch(r"[\w.-]+/[\w.-]+", expanded) and not local.exists()
-            )
-            resolved[key] = expanded if is_hub_id else str(local)
+            resolved[key] = _resolved(key, value, folder, output)
         else:
-            resolved[key] = _resolve_paths(value, folder)
+            resolved[key] = _resolve_paths(value, folder, output)
     return resolved
+
+
+def _resolved(key: str, value: str, folder: Path, output: Path | None) -> str:
+    expanded = os.path.expandvars(value)
+    if "$" in expanded:
+        raise UserError(f"recipe: {key}: {value} names an environment variable that is not set; set it")
+    local = folder / expanded
+    # Owner and name on the hub, unless a folder of that name lies beside the recipe or is one that it makes.
+    is_here = local.exists() or (output is not None and local.is_relative_to(output))
+    named_like_hub = key in {"model", "teacher"} and re.fullmatch(r"[\w.-]+/[\w.-]+", expanded)
+    return expanded if named_like_hub and not is_here else str(local)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -196,13 +210,15 @@ def load_recipe(path: Path) -> Recipe:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the recipe ({error.strerror}); give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
         first = str(error).splitlines()[0]
         raise UserError(f"{path}: not a YAML file ({first}); see recipes/ for examples") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a YAML mapping with model, output, data and stages; see recipes/")
     try:
         return Recipe.model_validate(_resolve_paths(raw, path.resolve().parent))
+    except RecursionError:
+        raise UserError(f"{path}: holds itself (an alias inside of its anchor); write it out") from None
     except ValidationError as error:
         errors = error.errors()
         # A misspelt key is also a missing one: name what the user wrote.

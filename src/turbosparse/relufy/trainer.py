@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from turbosparse.model.provenance import carry_licence
 from turbosparse.relufy.allot import allot_neurons
 from turbosparse.relufy.callbacks import PredictorsStep, TimeLimit
 from turbosparse.relufy.data import Mixture, build_mixture, check_sources, validation_windows
+from turbosparse.relufy.drelu import SparseGLU
 from turbosparse.relufy.objective import Layerwise, NextToken, Objective, ffns
 from turbosparse.relufy.optimizer import make_adamw
 from turbosparse.relufy.predictable import Predictors
@@ -73,7 +75,6 @@ class RecoveryTrainer(Trainer):
         self.progress_log, self.compute_dtype, self.predictors = progress_log, dtype, predictors
         if predictors is not None:
             self.add_callback(PredictorsStep(predictors, stage))
-        self._evaluated: tuple[int, dict[str, float]] | None = None
         self.remove_callback(PrinterCallback)
 
     def _progress(self) -> float:
@@ -110,16 +111,15 @@ class RecoveryTrainer(Trainer):
             self.progress_log.write(self.state.global_step, logs, self.domains)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Loss and sparsity of every validation domain, once a step; also into the log."""
-        if self._evaluated is not None and self._evaluated[0] == self.state.global_step:
-            return self._evaluated[1]
+        """Loss and sparsity of every validation domain; also into the log."""
+        if self.is_in_train and self.state.global_step == self.state.max_steps:
+            return {}  # validated after training, when every neuron's roles are settled
         layers = self.predictors.layers if self.predictors is not None else None
         results = validate(self.model, self.windows, self.args.device, self.compute_dtype, layers)
         mean = mean_over_domains(results)
         self.progress_log.write_validation(self.state.global_step, results, mean)
         metrics = {f"eval_{domain}_{key}": value for domain, result in results.items() for key, value in result.items()}
         metrics |= {f"eval_{key}": value for key, value in mean.items()}
-        self._evaluated = (self.state.global_step, metrics)
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -165,8 +165,8 @@ def _arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingArguments:
         logging_nan_inf_filter=False,
         eval_strategy="steps" if stage.eval_every else "no",
         eval_steps=stage.eval_every,
-        save_strategy="steps" if stage.save_every else "no",
-        save_steps=stage.save_every or steps,
+        save_strategy="steps",
+        save_steps=stage.save_every,
         save_total_limit=2,
         disable_tqdm=True,
         report_to="none",
@@ -197,9 +197,21 @@ def _probes(mixture: Mixture, device: torch.device) -> list[Tensor]:
     return [mixture[index]["input_ids"][None].to(device) for index in range(min(_PROBE_WINDOWS, len(mixture)))]
 
 
+def _check_fit(stage: Stage, model: Any) -> None:
+    """Refuse what would be ignored, or break the model, with these feed-forward blocks."""
+    kinds = {mlp.activation if isinstance(mlp, SparseGLU) else "dense" for mlp in ffns(model)}
+    if stage.sparsity is not None and "dense" in kinds:
+        raise UserError(
+            f"stage {stage.name}: `sparsity` is for sparse models; convert the model first, or leave it out"
+        )
+    if stage.sides and kinds != {"drelu"}:
+        raise UserError(f"stage {stage.name}: `sides` is for dReLU models; leave it out, or convert with dReLU")
+
+
 def _prepare(stage: Stage, model: Any, teacher: Any, probes: list[Tensor], dtype: torch.dtype | None) -> None:
     """What a stage does to the student before training, by a look at the first windows that it will train on."""
     device = probes[0].device
+    _check_fit(stage, model)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         if stage.sides:
             unused = allot_neurons(model, teacher, probes, dtype, stage.sides)
@@ -268,7 +280,7 @@ def _mixture(recipe: Recipe, tokenizer: Any, arguments: TrainingArguments, stage
 
 
 def _run_stage(
-    recipe: Recipe, index: int, source: str, folder: Path, resume: bool, max_seconds: float | None
+    recipe: Recipe, index: int, source: str, folder: Path, resume: bool, deadline: float | None
 ) -> dict[str, float] | None:
     """Train one stage from `source` into `folder`; returns its last validation, or None if it stopped early."""
     stage = recipe.stages[index]
@@ -310,7 +322,7 @@ def _run_stage(
         progress_log=ProgressLog(partial / "log.jsonl", stage, arguments.max_steps, recipe.data.context),
         dtype=dtype,
         predictors=predictors,
-        callbacks=[TimeLimit(max_seconds)],
+        callbacks=[TimeLimit(deadline)],
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < arguments.max_steps:
@@ -326,13 +338,13 @@ def _run_stage(
 
 def _finish(partial: Path, folder: Path, model: Any, tokenizer: Any, source: Path, metrics: dict[str, float]) -> None:
     """Turn the folder of a stage in training into that of a finished one."""
-    for leftover in partial.glob("checkpoint-*"):
-        shutil.rmtree(leftover)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     carry_licence(source, partial)
     (partial / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     os.replace(partial, folder)
+    for leftover in folder.glob("checkpoint-*"):  # until here the stage could have gone on from them
+        shutil.rmtree(leftover)
 
 
 def _prepare_output(output: Path, recipe_path: Path, resume: bool) -> None:
@@ -352,7 +364,7 @@ def train_from_recipe(path: Path, resume: bool = False, max_seconds: float | Non
     Args:
         path: the YAML recipe, see recipes.Recipe.
         resume: go on with a run that was interrupted; without it an output folder that holds a run is an error.
-        max_seconds: stop each stage, with a checkpoint, after this long.
+        max_seconds: stop, with a checkpoint, after this long.
 
     Returns:
         {"output": folder of the last stage or None if it is not done, "done": bool, "stages": {name: metrics}}, metrics
@@ -361,6 +373,7 @@ def train_from_recipe(path: Path, resume: bool = False, max_seconds: float | Non
     Raises:
         UserError: the recipe, a model folder or a text file is not usable.
     """
+    deadline = None if max_seconds is None else time.monotonic() + max_seconds
     recipe = load_recipe(path)
     check_sources(recipe.data)
     output, process = Path(recipe.output), this_process()
@@ -374,7 +387,7 @@ def train_from_recipe(path: Path, resume: bool = False, max_seconds: float | Non
         if not folder.exists():
             process.print(f"stage {stage.name}: {source} -> {folder}", file=sys.stderr)
             with sdpa_kernel(_ATTENTION, set_priority=True):
-                metrics = _run_stage(recipe, index, source, folder, resume, max_seconds)
+                metrics = _run_stage(recipe, index, source, folder, resume, deadline)
             if metrics is None:
                 return {"output": None, "done": False, "stages": stages}
         stages[stage.name] = json.loads((folder / "metrics.json").read_text())
