@@ -22,7 +22,7 @@ from turbosparse.predict import Wish, train, train_predictors
 from turbosparse.predict.calibrate import price_for
 from turbosparse.predict.collect import Collector
 from turbosparse.predict.decoder import Decoder, embed, logits
-from turbosparse.predict.fit import Tokens, fit, nats, rounded
+from turbosparse.predict.fit import Tokens, fit, nats, rounded, whitening
 from turbosparse.predict.folder import FILE, attach, load_folder, save_folder
 from turbosparse.predict.measure import Curve, curve, edges
 from turbosparse.predict.ranks import cost, share_out, tried
@@ -91,6 +91,14 @@ def test_a_dimension_that_a_norm_silences_does_not_cost_its_neighbours():
     fc1, _ = fit(Tokens(silenced, tokens.mass), torch.full((64,), 1e-6), 32, Type.Q4_0, 100, 0, CPU)
     largest = fc1.abs().max(0).values
     assert largest[5] < largest.median()
+
+
+@pytest.mark.parametrize("tokens", [300, 120, 20])
+def test_whitening_never_enlarges_what_its_inputs_do_not_have(tokens):
+    generator = torch.Generator().manual_seed(0)
+    white = whitening(torch.randn(tokens, 256, generator=generator))
+    other = torch.randn(500, 256, generator=generator) @ white
+    assert other.square().mean() < 10
 
 
 @pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q8_0, Type.F16])

@@ -145,7 +145,8 @@ def whitening(x: Tensor) -> Tensor:
     moments = (x.T @ x / len(x)).double()
     values, vectors = torch.linalg.eigh(moments)
     values = values.clamp_min(0.0)
-    return (vectors * (values.sqrt() / (values + _QUIET * values.median()))).float()
+    usual = values[-len(x) :].median()  # fewer inputs than dimensions say nothing about the others
+    return (vectors * (values.sqrt() / (values + _QUIET * usual))).float()
 
 
 def telling(z: Tensor, fires: Tensor) -> Tensor:
