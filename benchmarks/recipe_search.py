@@ -216,7 +216,9 @@ class Search:
             else:
                 time.sleep(0.5)
         for _, process in running.values():
-            process.kill()
+            process.terminate()  # not kill(): torchrun then ends its workers
+        for _, process in running.values():
+            process.wait()
         self.table()
 
     def collect(self, name: str) -> dict[str, Any] | None:

@@ -58,6 +58,7 @@ def main() -> None:
     for threshold in map(float, options.thresholds.split(",")):
         activation = Thresholded(ACTIVATIONS[model.config.activation], threshold)
         for layer in model.model.layers:
+            layer.mlp.set_threshold(None)  # the row's instead of the model's own
             layer.mlp._combine = activation
         losses = [model(row[None], labels=row[None]).loss.item() for windows in texts for row in windows]
         zeros = activation.zeros / activation.count

@@ -98,6 +98,8 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
     dense, sparse = _folder(options.model, options.work)
     path = _recipe(case, options, dense, sparse)
     shutil.rmtree(options.work / "runs" / case, ignore_errors=True)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     if options.profile:
         _profiled(path, options.work / f"{case}.profile.txt")
     else:

@@ -137,6 +137,15 @@ def _starts(tokenizer: Any, rows: int, device: torch.device) -> Tensor:
     return starts
 
 
+def _is_known(config: Path) -> bool:
+    """Whether Decoder computes this model: SiLU, no biases."""
+    if not config.is_file():
+        return False
+    stated = {"hidden_act": "silu"} | json.loads(config.read_text())
+    biased = stated.get("attention_bias") or stated.get("mlp_bias")
+    return stated.get("model_type") == "llama" and stated["hidden_act"] == "silu" and not biased
+
+
 def _write(
     options: argparse.Namespace,
     decoder: Decoder,
@@ -181,9 +190,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=640, help="tokens of a row")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    config = options.model / "config.json"
-    if not config.is_file() or json.loads(config.read_text())["model_type"] != "llama":
-        parser.error(f"{options.model}: is not the folder of a dense Llama; this script knows no other family")
+    if not _is_known(options.model / "config.json"):
+        parser.error(f"{options.model}: is not the folder of a dense Llama without biases; this script knows no other")
     begin = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +36,14 @@ def test_logits_are_those_of_transformers(own_text: ModuleType, model) -> None:
         decoder = own_text.Decoder(model, rows=3, length=9)
         mine = torch.stack([decoder(ids[:, position], position) for position in range(9)], dim=1)
         torch.testing.assert_close(mine, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{}, {"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}])
+def test_only_models_that_the_decoder_computes_are_taken(own_text: ModuleType, tmp_path: Path, change: dict) -> None:
+    folder = make_folder(tmp_path / "hf", "llama")
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    assert own_text._is_known(folder / "config.json") is not bool(change)
 
 
 def test_rows_begin_as_they_are_told_and_go_on_freely(own_text: ModuleType, model) -> None:
