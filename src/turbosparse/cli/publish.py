@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from turbosparse.cli import output
+from turbosparse.cli.extras import extra
 from turbosparse.cli.options import Json
 from turbosparse.errors import UserError
 
@@ -29,8 +29,11 @@ def command(
 ) -> None:
     """Describe a trained model by what its run measured, and share it."""
     from turbosparse.model.provenance import README, Provenance, provenance
-    from turbosparse.publish.card import Evidence, model_card
-    from turbosparse.publish.run import read_json, read_run
+
+    with extra("train"):  # a recipe is checked by what trains it
+        from turbosparse.publish.card import Evidence, model_card
+        from turbosparse.publish.run import read_json, read_run
+        from turbosparse.publish.swap import read_swap
 
     ggufs = gguf or []
     for file in ggufs:
@@ -42,28 +45,34 @@ def command(
         raise UserError(f"{folder}: nothing says under which licence the model is; name it with --license.")
     evidence = Evidence(
         run=read_run(folder),
+        swap=read_swap(folder),
         control=read_run(control) if control else None,
         scores=read_json(scores) if scores else None,
         bench=read_json(bench) if bench else None,
         ggufs=[file.name for file in ggufs],
     )
-    try:
-        card = model_card(to or folder.resolve().name, origin, evidence)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"--scores or --bench: not what these commands print ({error!r} is missing or wrong)."
-        ) from None
-    partial = folder / f"{README}.partial"
-    partial.write_text(card, encoding="utf-8")
-    os.replace(partial, folder / README)
+    card = folder / README
+    _write(card, model_card(to or folder.resolve().name, origin, evidence))
     address = None
     if to is not None:
         from turbosparse.publish.upload import upload
 
         address = upload(folder, ggufs, to, private)
     if json:
-        output.emit({"card": str(folder / README), "address": address})
+        output.emit({"card": str(card), "address": address})
         return
-    print(address or folder / README)
+    print(address or card)
     if address is None:
         output.notice("next: read the card, then push it: turbosparse publish ... --to OWNER/NAME")
+
+
+def _write(card: Path, text: str) -> None:
+    from turbosparse.model.export import replacing
+
+    try:
+        with replacing(card) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{card}: a name, an option or a JSON file holds half a surrogate pair, which is no text; correct it."
+        ) from None

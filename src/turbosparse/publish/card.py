@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from turbosparse.errors import UserError
 from turbosparse.evaluate.scores import points
 from turbosparse.model.provenance import Provenance
-from turbosparse.publish.run import Run, Stage
-
-_ABOUT = "https://arxiv.org/abs/2406.05955"
+from turbosparse.publish.run import Metrics, Run, Stage
+from turbosparse.publish.swap import Swap
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Evidence:
     """What the card is made from; everything but `run` may be missing.
 
     Attributes:
+        swap: the activation that the model was given; None: it is dense.
         scores: the JSON of `turbosparse eval`, with or without a control.
         bench: the JSON of `turbosparse bench`.
         ggufs: names of the GGUF files that go along.
     """
 
     run: Run
+    swap: Swap | None = None
     control: Run | None = None
     scores: Mapping[str, Any] | None = None
     bench: Mapping[str, Any] | None = None
@@ -46,13 +49,31 @@ def _millions(tokens: int) -> str:
     return f"{tokens / 1e6:.1f}M"
 
 
-def _domains(metrics: Mapping[str, float]) -> list[str]:
+def _domains(metrics: Metrics) -> list[str]:
     """The domains of "eval_<domain>_ce"; "eval_ce" is their mean."""
     return [match[1] for key in metrics if (match := re.fullmatch(r"eval_(.+)_ce", key))]
 
 
-def _use(name: str, ggufs: Sequence[str]) -> list[str]:
-    lines = [
+def _summary(origin: Provenance, swap: Swap | None, zeros: float | None) -> str:
+    base = (
+        f"[{origin.base_model}](https://huggingface.co/{origin.base_model})" if origin.base_model else "a dense model"
+    )
+    if swap is None:
+        return f"Made from {base} by training it further, with the activation that it had: it is a dense model."
+    how = f"[{swap.name}]({swap.paper}), `{swap.formula}`, and training it back"
+    exact = f": {_percent(zeros)} of its FFN neurons are exactly zero for a token, and need not be computed"
+    return f"Made from {base} by swapping the activation of its feed-forward blocks for {how}{exact if zeros else ''}."
+
+
+def _use(name: str, swap: Swap | None, ggufs: Sequence[str]) -> list[str]:
+    ours = "import turbosparse  # or trust_remote_code=True: the code of the model is one file of this folder"
+    code = [
+        *([ours] if swap else []),
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+    ]
+    return [
         "## Use",
         "",
         "    pip install turbosparse",
@@ -60,15 +81,14 @@ def _use(name: str, ggufs: Sequence[str]) -> list[str]:
         "",
         "With transformers, in Python:",
         "",
-        "    import turbosparse  # or trust_remote_code=True: the code of the model is one file of this folder",
-        "    from transformers import AutoModelForCausalLM",
-        "",
-        f'    model = AutoModelForCausalLM.from_pretrained("{name}")',
+        *[f"    {line}".rstrip() for line in code],
     ]
-    return lines
 
 
-def _sparsity(metrics: Mapping[str, float]) -> list[str]:
+def _sparsity(metrics: Metrics) -> list[str]:
+    if "eval_sparsity_h" not in metrics:
+        return []
+
     def row(label: str, prefix: str) -> list[str]:
         keys = ("sparsity_h", "sparsity_gate", "sparsity_up", "min_layer_sparsity_h")
         return [label, *(_percent(metrics.get(f"{prefix}{key}")) for key in keys)]
@@ -91,7 +111,39 @@ def _quality(run: Run, control: Run | None) -> list[str]:
     return ["## Quality on held-out text", "", *_table(head, (row(label, made) for label, made in models))]
 
 
-def _scores(scores: Mapping[str, Any]) -> list[str]:
+@contextmanager
+def _printed(command: str, option: str) -> Iterator[None]:
+    """What the block reads out of a JSON file is there, and is what `command` prints.
+
+    Raises:
+        UserError: it is not; the file is that of `option`.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"[:100]
+        raise UserError(
+            f"{option}: is not what `turbosparse {command} --json` prints ({reason}); give the file as it was printed."
+        ) from None
+
+
+def _results(scores: Mapping[str, Any] | None) -> list[EvalResult]:
+    """The same scores for the hub, which shows them beside the card."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=str(task["task"]),
+            dataset_name=str(task["task"]),
+            metric_type=str(task["metric"]),
+            metric_value=round(100 * task["value"], 2),
+        )
+        for task in (scores["tasks"] if scores is not None else [])
+    ]
+
+
+def _scores(scores: Mapping[str, Any] | None) -> list[str]:
+    if scores is None:
+        return []
     compared = "difference" in scores
     head = ["task", "metric", "shots", "score"] + (["control", "difference"] if compared else [])
 
@@ -109,7 +161,9 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
     return ["## Benchmarks", "", note, "", *_table(head, rows)]
 
 
-def _speed(bench: Mapping[str, Any]) -> list[str]:
+def _speed(bench: Mapping[str, Any] | None) -> list[str]:
+    if bench is None:
+        return []
     machine = bench["machine"]
     rows = [
         [
@@ -126,46 +180,34 @@ def _speed(bench: Mapping[str, Any]) -> list[str]:
 
 def _stage(stage: Stage) -> list[str]:
     settings = stage.settings
-    sparsity, distillation = settings.get("sparsity") or {}, settings.get("distillation") or {}
-    teacher = settings.get("teacher") or distillation.get("teacher")
+    teacher = settings.distillation.teacher if settings.distillation else settings.teacher
     return [
-        str(settings["name"]),
-        str(settings["objective"]).replace("_", " "),
+        settings.name,
+        settings.objective.replace("_", " "),
         _millions(stage.tokens),
-        f"{settings['learning_rate']:g}",
-        _percent(1 - sparsity["target_rate"]) if sparsity else "-",
-        PurePath(str(teacher)).parent.name or str(teacher) if teacher else "-",
+        f"{settings.learning_rate:g}",
+        _percent(1 - settings.sparsity.target_rate) if settings.sparsity else "-",
+        PurePath(teacher).parent.name or teacher if teacher else "-",
     ]
 
 
 def _training(run: Run) -> list[str]:
     head = ["stage", "objective", "tokens", "peak learning rate", "zeros aimed at", "teacher"]
     lines = ["## Training", "", *_table(head, (_stage(stage) for stage in run.stages)), "", "Text, by weight:", ""]
-    sources = run.data["sources"]
-    total = sum(float(source.get("weight", 1.0)) for source in sources)
+    sources = run.data.sources
+    total = sum(source.weight for source in sources)
     for source in sources:
-        origin = source.get("dataset") or "local files"
-        lines.append(f"- {source['domain']}: {_percent(float(source.get('weight', 1.0)) / total)}, {origin}")
+        lines.append(f"- {source.domain}: {_percent(source.weight / total)}, {source.dataset or 'local files'}")
     return lines
 
 
-def _front_matter(name: str, origin: Provenance, scores: Mapping[str, Any] | None) -> str:
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=task["task"],
-            dataset_name=task["task"],
-            metric_type=task["metric"],
-            metric_value=round(100 * task["value"], 2),
-        )
-        for task in (scores["tasks"] if scores is not None else [])
-    ]
+def _front_matter(name: str, origin: Provenance, swap: Swap | None, results: list[EvalResult]) -> str:
     data = ModelCardData(
         license=origin.license,
         base_model=origin.base_model,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["turbosparse", "drelu", "activation-sparsity"],
+        tags=["turbosparse", *([swap.tag, "activation-sparsity"] if swap else [])],
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -181,32 +223,23 @@ def model_card(name: str, origin: Provenance, evidence: Evidence) -> str:
         evidence: what the run and the commands measured.
 
     Raises:
-        KeyError, TypeError: a JSON file is of another command.
+        UserError: a JSON file is of another command.
     """
-    run = evidence.run
-    base = (
-        f"[{origin.base_model}](https://huggingface.co/{origin.base_model})" if origin.base_model else "a dense model"
-    )
-    zeros = run.metrics.get("eval_sparsity_h")
-    what = (
-        f"Made from {base} by swapping the activation of its feed-forward blocks for "
-        f"[dReLU]({_ABOUT}), `relu(gate) * relu(up)`, and training it back"
-        + (
-            f": {_percent(zeros)} of its FFN neurons are exactly zero for a token, and need not be computed."
-            if zeros
-            else "."
-        )
-    )
-    sections = [[_front_matter(name, origin, evidence.scores), f"# {name.rpartition('/')[2]}", "", what]]
-    sections.append(_use(name, evidence.ggufs))
-    if zeros is not None:
-        sections.append(_sparsity(run.metrics))
-    sections.append(_quality(run, evidence.control))
-    if evidence.scores is not None:
-        sections.append(_scores(evidence.scores))
-    if evidence.bench is not None:
-        sections.append(_speed(evidence.bench))
-    sections.append(_training(run))
-    if origin.license:
-        sections.append(["## Licence", "", f"{origin.license}, as the model that it was made from."])
-    return "\n\n".join("\n".join(section) for section in sections) + "\n"
+    run, swap = evidence.run, evidence.swap
+    with _printed("eval", "--scores"):
+        results, scores = _results(evidence.scores), _scores(evidence.scores)
+    with _printed("bench", "--bench"):
+        speed = _speed(evidence.bench)
+    summary = _summary(origin, swap, run.metrics.get("eval_sparsity_h"))
+    licence = ["## Licence", "", f"{origin.license}, as the model that it was made from."]
+    sections = [
+        [_front_matter(name, origin, swap, results), f"# {name.rpartition('/')[2]}", "", summary],
+        _use(name, swap, evidence.ggufs),
+        _sparsity(run.metrics),
+        _quality(run, evidence.control),
+        scores,
+        speed,
+        _training(run),
+        licence if origin.license else [],
+    ]
+    return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
