@@ -8,11 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from factories import make_folder
+from folders import copy_folder
+from gguf import GGMLQuantizationType as Type
 
 import turbosparse
 from turbosparse.model.export import export_gguf
+from turbosparse.predict.folder import save_folder
+from turbosparse.predict.write import StoredPredictor
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(turbosparse.__file__).parents[1]), "COLUMNS": "100"}
 
@@ -112,6 +117,37 @@ def test_a_checkpoint_that_is_only_a_pickle(tiny_folder, tmp_path):
     assert not (tmp_path / "sprung").exists()
     pickle.loads(pickle.dumps(_Trap(tmp_path / "sprung")))
     assert (tmp_path / "sprung").exists(), "the trap does not work, so this test would pass whatever was loaded"
+
+
+def _garbage(folder: Path) -> None:
+    (folder / "predictors.safetensors").write_bytes(b"no safetensors at all")
+
+
+def _of_another(folder: Path) -> None:
+    save_folder(folder, [StoredPredictor.of(np.ones((32, 64), "f4"), np.ones((96, 32), "f4"), (Type.F32, Type.F32))])
+
+
+@pytest.mark.parametrize("spoil", [_garbage, _of_another])
+@pytest.mark.parametrize("old", [b"a good file", None])
+def test_an_export_without_its_predictors_leaves_what_was_there(tiny_folder, tmp_path, spoil, old):
+    folder, out = copy_folder(tiny_folder("llama", "drelu"), tmp_path / "hf"), tmp_path / "out.gguf"
+    spoil(folder)
+    if old is not None:
+        out.write_bytes(old)
+    assert "predictors.safetensors" in refused("export", folder, out)
+    assert {file.name for file in tmp_path.iterdir()} == {"hf"} | ({"out.gguf"} if old else set())
+    assert old is None or out.read_bytes() == old
+
+
+@pytest.mark.parametrize("format", ["gguf", "powerinfer"])
+def test_an_export_over_the_model_itself(tiny_folder, tiny_gguf, tmp_path, format):
+    folder, file = copy_folder(tiny_folder("llama", "drelu"), tmp_path / "hf"), tmp_path / "m.gguf"
+    file.write_bytes(tiny_gguf("llama", "drelu").read_bytes())
+    for source, out in ((folder, folder / "model.safetensors"), (file, file)):
+        if source is folder or format == "powerinfer":
+            before = out.read_bytes()
+            assert f"{out} belongs to the model" in refused("export", source, out, "--format", format)
+            assert out.read_bytes() == before
 
 
 def test_modes_are_not_for_folders(tiny_folder, tmp_path):

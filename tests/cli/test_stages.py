@@ -6,10 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from factories import make_folder
+from folders import copy_folder
+from gguf import GGMLQuantizationType as Type
 
 import turbosparse
+from turbosparse.predict.folder import save_folder
+from turbosparse.predict.write import StoredPredictor
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(turbosparse.__file__).parents[1]), "COLUMNS": "100"}
 
@@ -84,6 +89,14 @@ def test_info(sparse):
     assert record["file_bytes"] == sparse.stat().st_size and record["predictor"] is None and record["experts"] == 0
     assert {"layers", "hidden_size", "ffn_size", "parameters"} <= record.keys()
     assert "turbosparse" in turbo("info", sparse).stdout
+
+
+def test_a_name_is_neither_markup_nor_obeyed(sparse, tmp_path):
+    content, name = sparse.read_bytes(), b"[/a]\x1b[2J:x:"
+    assert content.count(b"llama-drelu") == 1 and len(name) == len(b"llama-drelu")
+    (tmp_path / "m.gguf").write_bytes(content.replace(b"llama-drelu", name))
+    assert r"[/a]\x1b[2J:x:" in turbo("info", tmp_path / "m.gguf").stdout
+    assert turbo_json("info", tmp_path / "m.gguf")["name"] == name.decode()
 
 
 def test_a_mixture_of_experts_in_every_command(tiny_gguf, text):
@@ -212,6 +225,16 @@ def test_from_a_dense_folder_to_a_running_sparse_file(tiny_folder, tmp_path):
     exported = turbo_json("export", tmp_path / "sparse", tmp_path / "out.gguf", "--quant", "q4_0")
     assert exported["quant"] == "q4_0" and exported["file_bytes"] == (tmp_path / "out.gguf").stat().st_size
     assert turbo_json("run", tmp_path / "out.gguf", "-p", "hi", "-n", 3, "--ignore-eos")["mode"] == "exact"
+
+
+def test_an_export_takes_the_predictors_of_its_folder_along(tiny_folder, tmp_path):
+    folder, out = copy_folder(tiny_folder("llama", "drelu"), tmp_path / "hf"), tmp_path / "out.gguf"
+    matrices = np.ones((32, 64), np.float32), np.ones((96, 32), np.float32)
+    save_folder(folder, [StoredPredictor.of(*matrices, (Type.F32, Type.F32)) for _ in range(2)])
+    exported = turbo_json("export", folder, out)
+    assert exported["output"] == str(out) and exported["file_bytes"] == out.stat().st_size
+    assert turbo_json("info", out)["predictor"]["layers"] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "out.gguf"}
 
 
 def test_demo(tiny_gguf, text, tmp_path):

@@ -86,6 +86,19 @@ def test_places_that_cannot_be_written(tiny_folder, tmp_path):
         export_gguf(tiny_folder("llama"), tmp_path / "a.gguf", "q4_k")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "link"])
+def test_an_export_never_replaces_what_it_reads(tiny_folder, tmp_path, name):
+    folder = copy_folder(tiny_folder("llama"), tmp_path / "hf")
+    (tmp_path / "link").symlink_to(folder / "model.safetensors")
+    out = tmp_path / name if name == "link" else folder / name
+    before = out.read_bytes()
+    with pytest.raises(UserError, match=name):
+        export_gguf(folder, out, "q4_0")
+    assert out.read_bytes() == before
+    for _ in range(2):  # into the folder is as good a place as any, and a file of ours may be replaced
+        export_gguf(folder, folder / "model.gguf", "q4_0")
+
+
 def test_a_model_is_exported_without_torch(tiny_folder, tmp_path):
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"

@@ -44,23 +44,27 @@ def command(
     json: Json = False,
 ) -> None:
     """Write a Hugging Face folder as one GGUF file: weights, tokenizer, chat template, predictors if it has some."""
-    from turbosparse.model.export import export_gguf
-    from turbosparse.model.export_powerinfer import export_powerinfer
-
     if quant is not None and format is Format.powerinfer and not source.is_dir():
         raise UserError(f"--quant {quant}: the weights of {source} stay as they are stored; leave the option out.")
     chosen = (quant or Quant.q4_0).value
     with output.progress(f"writing {out.name}") as report:
-        if format is Format.powerinfer:
-            done = export_powerinfer(source, out, chosen, report)
-        else:
-            done = export_gguf(source, out, chosen, report)
-    if format is Format.gguf and (source / "predictors.safetensors").is_file():
-        with extra("train"):
-            from turbosparse.predict.folder import attach
-        attach(source, out)
+        done = _write(source, out, chosen, format, report)
     hint = f"run it: turbosparse run {done.path} -p 'Once upon a time'"
     show(done, json, hint if format is Format.gguf else "PowerInfer runs it, and so does turbosparse run")
+
+
+def _write(source: Path, out: Path, quant: str, format: Format, report: output.Progress) -> ExportReport:
+    from turbosparse.model.export import export_gguf, refuse_own_file
+    from turbosparse.model.export_powerinfer import export_powerinfer
+
+    refuse_own_file(source, out)
+    if format is Format.powerinfer:
+        return export_powerinfer(source, out, quant, report)
+    if not (source / "predictors.safetensors").is_file():
+        return export_gguf(source, out, quant, report)
+    with extra("train"):
+        from turbosparse.predict.folder import export_with_predictors
+    return export_with_predictors(source, out, quant, report)
 
 
 def show(done: ExportReport, json: bool, hint: str) -> None:

@@ -87,10 +87,11 @@ def export_gguf(
         threshold: of the predictors of a published folder; None: 0 (published.py).
 
     Raises:
-        UserError: the folder is not a model that the engine runs, or the file cannot be written. Nothing is left then,
-            nor after an interrupt.
+        UserError: the folder is not a model that the engine runs, or the file cannot be written or is one of the
+            folder's own. Nothing is left then, nor after an interrupt.
     """
     folder, out = Path(hf_dir), Path(out_path)
+    refuse_own_file(folder, out)
     if quant not in QUANTS:
         raise UserError(f"--quant {quant[:40]}: choose one of {', '.join(QUANTS)}.")
     with Checkpoint.open(folder) as checkpoint:
@@ -250,13 +251,24 @@ def _interleaved(values: npt.NDArray[np.float32], head_dim: int) -> npt.NDArray[
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
 
 
+def refuse_own_file(source: Path, out: Path) -> None:
+    """Keep an export from replacing what it reads; GGUF files that lie in the folder are not read.
+
+    Raises:
+        UserError: `out` is `source`, or a file in it.
+    """
+    read = [file for file in source.iterdir() if file.suffix != ".gguf"] if source.is_dir() else [source]
+    if out.is_file() and any(file.is_file() and file.samefile(out) for file in read):
+        raise UserError(f"{out} belongs to the model that is read; give the path of another file to write.")
+
+
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
     """A temporary path beside `out` that becomes `out` if the block succeeds and vanishes if it does not."""
     if out.is_dir():
-        raise UserError(f"{out} is a folder; give the path of the GGUF file to write.")
+        raise UserError(f"{out} is a folder; give the path of the file to write.")
     if out.exists() and not out.is_file():
-        raise UserError(f"{out} is a device or pipe; give the path of the GGUF file to write.")
+        raise UserError(f"{out} is a device or pipe; give the path of the file to write.")
     if not out.parent.is_dir():
         raise UserError(f"{out}: the folder {out.parent} does not exist; create it first.")
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig
-from turbosparse.model.export import replacing
+from turbosparse.model.export import ExportReport, Progress, export_gguf, replacing
 from turbosparse.model.gguf import GGUFFile
 from turbosparse.model.quantize import writable_type
 from turbosparse.predict.write import StoredPredictor, write_predictors
@@ -82,6 +83,18 @@ def attach(folder: Path, path: Path) -> None:
         if len(predictors) != config.n_layers or shapes != {(config.hidden_size, config.ffn_size)}:
             raise UserError(f"{folder / FILE} is of another model; delete it, or train predictors for this one.")
         write_predictors(file, path, predictors)
+
+
+def export_with_predictors(folder: Path, out: Path, quant: str, progress: Progress | None = None) -> ExportReport:
+    """`export_gguf`, with the predictors of the folder: the file appears when they are in it.
+
+    Raises:
+        UserError: as `export_gguf` and `attach`. Nothing is left then, and a file that was there stays.
+    """
+    with replacing(out) as partial:
+        report = export_gguf(folder, partial, quant, progress)
+        attach(folder, partial)
+        return dataclasses.replace(report, path=out, file_bytes=partial.stat().st_size)
 
 
 def _names(layer: int) -> tuple[str, str]:
