@@ -9,6 +9,7 @@ import pytest
 import torch
 from agreement import TOKENS, check_same_bits, equal_bits, logits_error
 from factories import FAMILY_NAMES, copy_metadata, make_folder
+from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM
 
 import turbosparse  # noqa: F401  registers the sparse model types
@@ -229,6 +230,17 @@ def test_a_matrix_without_blocks_beside_fine_inputs_is_multiplied_once(tiny_fold
     exact, fast = (Engine.load(path, compute=compute).session().logits(TOKENS) for compute in ("f32", "int8"))
     error = logits_error(fast, exact)
     assert error.max() < 1e-3
+
+
+@pytest.mark.parametrize("count", [447, 449])
+def test_a_file_with_fewer_or_more_tokens_than_rows_is_refused(tiny_gguf, tmp_path, count):
+    with GGUFFile.open(tiny_gguf("llama", "drelu")) as file:
+        for name, filler in (("tokens", "more"), ("token_type", 4)):
+            values = file.metadata[f"tokenizer.ggml.{name}"]
+            file.metadata[f"tokenizer.ggml.{name}"] = [*values, filler][:count]
+        rewrite(file, tmp_path / "lie.gguf", lambda _: GGMLQuantizationType.F32)
+    with pytest.raises(UserError, match=rf"lie\.gguf: it has {count} tokens .* 448 rows"):
+        Engine.load(tmp_path / "lie.gguf")
 
 
 def rewrite(file, path, kind) -> None:

@@ -315,13 +315,15 @@ def _rewrite(source, target, keys=None, drop=(), tensors=None):
         ({"keys": {"turbosparse.attention.key_length": 32}}, "head size"),
         ({"keys": {"turbosparse.expert_count": 8}}, "mixture of experts"),
         ({"keys": {"turbosparse.rope.scaling.type": "yarn"}}, "yarn"),
+        ({"keys": {"tokenizer.ggml.tokens": ["a"] * 447}}, "447 tokens .* 448 rows"),
+        ({"keys": {"tokenizer.ggml.tokens": ["a"] * 449}}, "449 tokens .* 448 rows"),
         ({"drop": ["blk.1.ffn_down_t.weight"]}, "ffn_down_t"),
         ({"drop": ["token_embd.weight"]}, "token_embd"),
         ({"tensors": {"blk.0.ffn_up.bias": np.zeros(96, np.float32)}}, "ffn_up.bias"),
         ({"tensors": {"rope_freqs.weight": np.ones(5, np.float32)}}, "rope_freqs"),
         ({"tensors": {"blk.0.ffn_up.weight": np.zeros((64, 96), np.float32)}}, "shape"),
     ],
-    ids=str,
+    ids=lambda case: str(case)[:60],
 )
 def test_a_model_that_contradicts_itself_is_refused(tiny_gguf, path, changes, named):
     _rewrite(tiny_gguf("llama", "drelu"), path, **changes)

@@ -277,6 +277,39 @@ def _edit(path, change):
     path.write_text(json.dumps(value))
 
 
+def _spoil_template(template):
+    def damage(folder):
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        _edit(folder / "tokenizer_config.json", lambda c: c.update(chat_template=template))
+
+    return damage
+
+
+def test_a_template_without_a_name_is_no_template(tmp_path):
+    _save_folder(_byte_level("smollm"), tmp_path)
+    _spoil_template([{"name": ["a"], "template": "x"}, 3, {"template": "y"}])(tmp_path)
+    assert "tokenizer.chat_template" not in tokenizer_metadata(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"single": [{"SpecialToken": None}]},
+        {"single": [{"SpecialToken": {"id": ["<bos>"]}}]},
+        {"single": [None]},
+        {"special_tokens": {"<bos>": {"ids": 5}}},
+        {"special_tokens": {"<bos>": None}},
+        {"special_tokens": ["<bos>"]},
+    ],
+    ids=str,
+)
+def test_a_post_processor_that_names_no_bos_adds_none(tmp_path, changes):
+    _save_folder(_sentencepiece(True, False), tmp_path)
+    assert tokenizer_metadata(tmp_path)["tokenizer.ggml.add_bos_token"]
+    _edit(tmp_path / "tokenizer.json", lambda t: t["post_processor"].update(changes))
+    assert not tokenizer_metadata(tmp_path)["tokenizer.ggml.add_bos_token"]
+
+
 PREFIXED = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
 BAD_FOLDERS = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
@@ -297,6 +330,11 @@ BAD_FOLDERS = {
     "bad id": (lambda f: _edit(f / "tokenizer.json", lambda t: t["model"]["vocab"].update(x="1")), "not a text with"),
     "negative id": (lambda f: _edit(f / "tokenizer.json", lambda t: t["model"]["vocab"].update(x=-1)), "the id -1"),
     "bad added": (lambda f: _edit(f / "tokenizer.json", lambda t: t.update(added_tokens=[3])), "added_tokens"),
+    "half a pair": (
+        lambda f: _edit(f / "tokenizer.json", lambda t: t["model"]["vocab"].update({"\ud800": 7})),
+        "ggml.tokens would hold half a surrogate pair",
+    ),
+    "half a pair in a template": (_spoil_template("\ud800"), "chat_template would hold half a surrogate pair"),
 }
 
 

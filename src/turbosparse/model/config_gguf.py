@@ -126,11 +126,18 @@ def _ffn_size(fields: Fields, family: Family) -> int:
 
 
 def _vocab(file: GGUFFile, fields: Fields) -> int:
-    """Rows of the embedding; many files do not state the size of the vocabulary."""
+    """Rows of the embedding, one for each token; many files do not state the size of the vocabulary."""
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         fields.fail("it has no tensor 'token_embd.weight' of two dimensions")
-    return fields.integer("vocab_size", VOCAB, embedding.shape[0])
+    rows, tokens = embedding.shape[0], file.metadata.get("tokenizer.ggml.tokens")
+    # A token without a row cannot be read, and one without a text may be drawn: llama.cpp refuses both, too.
+    if isinstance(tokens, list) and len(tokens) != rows:
+        fields.fail(
+            f"it has {len(tokens)} tokens (tokenizer.ggml.tokens), but token_embd.weight has {rows} rows; "
+            "export the model again, with its own tokenizer"
+        )
+    return fields.integer("vocab_size", VOCAB, rows)
 
 
 def _predictor(fields: Fields, n_layers: int, ffns: int) -> Predictor | None:

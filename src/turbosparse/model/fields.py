@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import NoReturn
 
@@ -42,7 +41,7 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int):
             self.fail(f"{self._prefix}{key} is {_shown(value)}, not one whole number")
         if not bounds[0] <= value <= bounds[1]:
-            self.fail(f"{self._prefix}{key} is {value}, not from {bounds[0]} to {bounds[1]}")
+            self.fail(f"{self._prefix}{key} is {_shown(value)}, not from {bounds[0]} to {bounds[1]}")
         return value
 
     def number(self, key: str, bounds: Bounds, default: float | None = None) -> float:
@@ -50,8 +49,8 @@ class Fields:
         value = self._required(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.fail(f"{self._prefix}{key} is {_shown(value)}, not a number")
-        if not (math.isfinite(value) and bounds[0] <= value <= bounds[1]):
-            self.fail(f"{self._prefix}{key} is {value}, not from {bounds[0]} to {bounds[1]}")
+        if not bounds[0] <= value <= bounds[1]:  # nor is NaN; an integer that no float holds compares too
+            self.fail(f"{self._prefix}{key} is {_shown(value)}, not from {bounds[0]} to {bounds[1]}")
         return float(np.float32(value))
 
     def flag(self, key: str, default: bool | None = None) -> bool:

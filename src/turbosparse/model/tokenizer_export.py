@@ -71,6 +71,7 @@ def tokenizer_metadata(hf_dir: str | Path) -> dict[str, Any]:
     template = folder.chat_template()
     if template is not None:
         metadata["tokenizer.chat_template"] = template
+    _check_texts(folder, metadata)
     return metadata
 
 
@@ -114,8 +115,8 @@ class _Folder:
             return text
         template = self.json("tokenizer_config.json").get("chat_template")
         if isinstance(template, list):  # older folders: [{"name": "default", "template": ...}, ...]
-            named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-            template = named.get("default")
+            named = [_inner(item, "template") for item in template if _inner(item, "name") == "default"]
+            template = named[-1] if named else None
         return template if isinstance(template, str) else None
 
     def vocab_size(self) -> int:
@@ -230,9 +231,23 @@ def _template_adds(post_processor: Any, bos: int) -> bool:
         single = part.get("single")
         if part.get("type") != "TemplateProcessing" or not isinstance(single, list) or not single:
             continue
-        special = single[0].get("SpecialToken", {}).get("id") if isinstance(single[0], dict) else None
-        named = part.get("special_tokens")
-        entry = named.get(special) if isinstance(named, dict) and special is not None else None
-        if isinstance(entry, dict) and bos in (entry.get("ids") or []):
+        special = _inner(_inner(single[0], "SpecialToken"), "id")
+        ids = _inner(_inner(part.get("special_tokens"), special), "ids")
+        if isinstance(ids, list) and bos in ids:
             return True
     return False
+
+
+def _check_texts(folder: _Folder, metadata: dict[str, Any]) -> None:
+    """JSON can name half a surrogate pair, which is no text that a file can hold."""
+    for key, value in metadata.items():
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:
+            folder.fail(f"its {key} would hold half a surrogate pair, which is no text; save the tokenizer again")
+
+
+def _inner(value: Any, key: Any) -> Any:
+    """What a JSON value holds under `key`; None where it is no object, or `key` no name in it."""
+    return value.get(key) if isinstance(value, dict) and isinstance(key, str) else None
