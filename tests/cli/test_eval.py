@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from benchmark_files import write_benchmarks
 
 import turbosparse
+from turbosparse.evaluate.scores import Scores, TaskScore
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(turbosparse.__file__).parents[1]), "COLUMNS": "160"}
 ENVIRONMENT.pop("TURBOSPARSE_EVAL_DATA", None)
@@ -73,6 +75,12 @@ def test_a_run_goes_on_where_it_was_stopped(sparse, benchmarks, tmp_path):
     shown = json.loads(done.stdout)
     assert [(row["task"], row["value"] == 0.25) for row in shown["tasks"]] == [("sciq", False), ("piqa", True)]
     assert [row["task"] for row in json.loads(out.read_text())["tasks"]] == ["piqa", "sciq"]
+    other = shutil.copytree(benchmarks, tmp_path / "other")
+    labels = (other / "piqa/validation.jsonl").read_text().replace('"label": 0', '"label": 1')
+    (other / "piqa/validation.jsonl").write_text(labels)
+    elsewhere = (*arguments, "--data-dir", other, "--tasks")
+    assert "scores of piqa on other files; name a new file" in turbo(*elsewhere, "piqa", code=2).stderr
+    assert "sciq already" in turbo(*elsewhere, "sciq").stderr
     assert "name a new file" in turbo(*arguments, "--tasks", "boolq", "--limit", 1, code=2).stderr
     os.utime(sparse)
     assert "another model" in turbo(*arguments, "--tasks", "boolq", code=2).stderr
@@ -134,6 +142,12 @@ BAD = {
     "output is no .json": (["{sparse}", "--output", "{empty}/x.txt"], "ends in .json"),
     "output in no folder": (["{sparse}", "--output", "{empty}/no/x.json"], "does not exist"),
     "no scores": (["{scores}", "--against", "{scores}"], "does not hold scores"),
+    "no such scores": (["nope.json", "--against", "nope2.json"], "nope.json does not exist"),
+    "no such control": (["{good}", "--tasks", "piqa", "--against", "typo.json"], "typo.json does not exist"),
+    "limit of scores": (["{good}", "--limit", "1"], "--limit is for evaluating a model"),
+    "mode of scores": (["{good}", "--mode", "predicted"], "--mode is for evaluating a model"),
+    "compute of scores": (["{good}", "--against", "{good}", "--compute", "f32"], "--compute is for evaluating a model"),
+    "output of scores": (["{good}", "--output", "{empty}/x.json"], "--output is for evaluating a model"),
     "control without the task": (["{sparse}", "--tasks", "piqa", "--against", "nowhere.json"], "nowhere.json"),
 }
 
@@ -143,11 +157,20 @@ def test_a_mistake_is_one_sentence(case, sparse, tiny_gguf, tiny_folder, benchma
     (tmp_path / "scores.json").write_text("{}")
     (tmp_path / "empty").mkdir()
     names = {"sparse": sparse, "dense": tiny_gguf("llama", "dense", "f32"), "folder": tiny_folder("llama")}
+    Scores("m", "exact", {}, [TaskScore("piqa", "acc_norm", 0, "f", (1.0, 0.0))]).save(tmp_path / "good.json")
+    names |= {"good": tmp_path / "good.json"}
     names |= {"data": benchmarks, "empty": tmp_path / "empty", "scores": tmp_path / "scores.json"}
     arguments, part = BAD[case]
     if case == "control without the task":
         arguments = [*arguments, "--data-dir", "{data}"]
     assert part in turbo(*[argument.format(**names) for argument in arguments], code=2).stderr
+
+
+def test_names_in_saved_scores_are_shown_as_they_are(tmp_path):
+    name = "[/a] [red]b \x1b[2J :x: \ud800"
+    Scores(name, name, {}, [TaskScore(name, name, 0, "f", (1.0, 0.0))]).save(tmp_path / "a.json")
+    shown = turbo(tmp_path / "a.json", "--against", tmp_path / "a.json", COLUMNS="400").stdout
+    assert shown.count(r"[/a] [red]b \x1b[2J :x: \ud800") == 6 and "\x1b" not in shown
 
 
 def test_a_missing_extra_is_one_sentence(sparse, benchmarks):

@@ -11,9 +11,10 @@ from lm_eval.api.instance import Instance
 from turbosparse.engine import Engine
 from turbosparse.errors import UserError
 from turbosparse.evaluate import harness
+from turbosparse.evaluate.data_folder import DataFolder
 from turbosparse.evaluate.engine_lm import EngineLM
 from turbosparse.evaluate.folder_lm import FolderLM
-from turbosparse.evaluate.tasks import TASKS, Choice, DataFolder
+from turbosparse.evaluate.tasks import TASKS, Choice
 from turbosparse.model.export import export_gguf
 
 CONTEXT = 2048

@@ -75,6 +75,16 @@ def test_saved_scores_come_back(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_scores_that_were_saved_before_files_had_digests_are_read(tmp_path):
+    path = tmp_path / "a.json"
+    Scores("a.gguf", "exact", {}, [score(data="digest")]).save(path)
+    assert Scores.load(path).tasks[0].data == "digest"
+    record = json.loads(path.read_text())
+    del record["tasks"][0]["data"]
+    path.write_text(json.dumps(record))
+    assert Scores.load(path).tasks[0].data is None
+
+
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"tasks": 3}', '{"model": "a", "mode": "hf", "settings": {}, "tasks": []}']
 )
@@ -82,3 +92,26 @@ def test_a_file_without_scores_is_one_sentence(tmp_path, content):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(UserError, match=r"a\.json"):
         Scores.load(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("items", "[NaN, 1]"),
+        ("items", "[Infinity]"),
+        ("items", "[-1]"),
+        ("items", "[1e308, 1e308]"),
+        ("items", f"[1{'0' * 400}]"),
+        ("items", "[" * 100_000),
+        ("shots", "Infinity"),
+        ("shots", "NaN"),
+    ],
+)
+def test_what_no_evaluation_writes_is_one_sentence(tmp_path, field, value):
+    path = tmp_path / "a.json"
+    Scores("a", "hf", {}, [score(items=(1.0,), shots=0)]).save(path)
+    was = json.dumps({field: {"items": [1.0], "shots": 0}[field]})[1:-1]
+    assert was in path.read_text()
+    path.write_text(path.read_text().replace(was, f'"{field}": {value}'))
+    with pytest.raises(UserError, match="does not hold scores that `turbosparse eval --output` wrote"):
+        Scores.load(path)

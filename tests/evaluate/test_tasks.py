@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 
 import pytest
 from lm_eval.api.model import LM
@@ -10,7 +11,8 @@ from lm_eval.evaluator import evaluate
 
 from turbosparse.errors import UserError
 from turbosparse.evaluate import harness
-from turbosparse.evaluate.tasks import GROUPS, TASKS, Choice, DataFolder, check, choose
+from turbosparse.evaluate.data_folder import DataFolder
+from turbosparse.evaluate.tasks import GROUPS, TASKS, Choice, check, choose
 
 
 class Recorder(LM):
@@ -180,6 +182,7 @@ DAMAGE = {
     "a list": ("[1]\n", "line 1: not a JSON object"),
     "no such field": ('{"goal": "x", "sol1": "a", "label": 0}\n', "record 1: no valid 'sol2', which piqa needs"),
     "not UTF-8": ("\udcff", "not UTF-8"),
+    "deep": ("[" * 200_000, "line 1: not a JSON object"),
 }
 
 
@@ -196,9 +199,9 @@ def test_damaged_files_are_named(tmp_path, case):
 def test_rows_that_cannot_be_adapted_or_put_together_are_named(tmp_path):
     for folder, rows, sentence in (
         ("arc_easy", [{"query": "Question: x", "choices": ["a"], "gold": 3}], "test.jsonl, record 1"),
-        ("lambada", [{"query": "x", "choices": []}], "record 1: no valid 'text'"),
-        ("piqa", [{"goal": "x", "sol1": "a", "sol2": "b", "label": label} for label in (0, [])], "of the same types"),
-        ("mmlu", [{"question": "x", "choices": ["a"], "answer": 0, "subject": "nonsense"}], "mmlu_nonsense"),
+        ("lambada", [{"query": 1, "choices": ["x"]}], "record 1: no valid 'text'"),
+        ("piqa", [{"goal": "x", "sol1": "a", "sol2": "b", "label": 0, "x": x} for x in (0, [])], "of the same types"),
+        ("mmlu", [{"question": "x", "choices": ["a"] * 4, "answer": 0, "subject": "nonsense"}], "a task mmlu_nonsense"),
     ):
         (tmp_path / folder).mkdir()
         for split in ("validation", "dev", "test"):
@@ -207,6 +210,89 @@ def test_rows_that_cannot_be_adapted_or_put_together_are_named(tmp_path):
             (tmp_path / folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
         with pytest.raises(UserError, match=sentence):
             harness.run(Recorder(), Choice(folder, 0), DataFolder(tmp_path))
+
+
+WRONG = [
+    ("boolq", "boolq/validation.jsonl", "answer", "yes"),
+    ("boolq", "boolq/validation.jsonl", "passage", None),
+    ("hellaswag", "hellaswag/validation.jsonl", "label", ""),
+    ("hellaswag", "hellaswag/validation.jsonl", "label", "-1"),
+    ("hellaswag", "hellaswag/validation.jsonl", "label", 4),
+    ("hellaswag", "hellaswag/validation.jsonl", "endings", None),
+    ("winogrande", "winogrande/validation.jsonl", "answer", ""),
+    ("winogrande", "winogrande/validation.jsonl", "sentence", "no gap"),
+    ("arc_easy", "arc_easy/validation.jsonl", "answerKey", "Z"),
+    ("arc_easy", "arc_easy/validation.jsonl", "choices", ["a", "b"]),
+    ("arc_easy", "arc_easy/test.jsonl", "gold", -1),
+    ("openbookqa", "openbookqa/validation.jsonl", "answerKey", ""),
+    ("piqa", "piqa/validation.jsonl", "label", 5),
+    ("piqa", "piqa/validation.jsonl", "label", -1),
+    ("piqa", "piqa/validation.jsonl", "label", "0"),
+    ("piqa", "piqa/validation.jsonl", "sol2", ""),
+    ("mmlu", "mmlu/test.jsonl", "subject", ["x"]),
+    ("mmlu", "mmlu/dev.jsonl", "subject", None),
+    ("mmlu", "mmlu/test.jsonl", "answer", -1),
+    ("mmlu", "mmlu/test.jsonl", "choices", ["a"]),
+    ("sciq", "sciq/validation.jsonl", "correct_answer", ""),
+    ("lambada", "lambada/test.jsonl", "choices", [""]),
+    ("gsm8k", "gsm8k/test.jsonl", "answer", ""),
+    ("math500", "math/minerva_math_500.jsonl", "solution", r"It is $\boxed{\frac{1}{2}$."),
+    ("mbpp", "mbpp/mbpp.jsonl", "test_list", ["assert f()"]),
+]
+
+
+@pytest.mark.parametrize(("task", "file", "field", "value"), WRONG)
+def test_an_answer_that_is_none_is_named(benchmarks, tmp_path, task, file, field, value):
+    """Splits without answers hold "" or -1 in their place: neither is scored."""
+    shutil.copytree((benchmarks / file).parent, (tmp_path / file).parent)
+    rows = [json.loads(line) for line in (tmp_path / file).read_text().splitlines()]
+    check([Choice(task, 0)], DataFolder(tmp_path))
+    rows[1][field] = value
+    (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=f"^{file}, record 2: no valid '{field}', which "):
+        check([Choice(task, 0)], DataFolder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("cell", "sentence"), [("", "record 1: no valid 'Correct Answers', which"), ("x" * 200_000, "not a table")]
+)
+def test_a_table_that_is_none_is_named(benchmarks, tmp_path, cell, sentence):
+    (tmp_path / "truthfulqa").mkdir()
+    table = (benchmarks / "truthfulqa/TruthfulQA.csv").read_text().replace("No; They only bark;", cell)
+    (tmp_path / "truthfulqa/TruthfulQA.csv").write_text(table)
+    with pytest.raises(UserError, match=sentence):
+        check([Choice("truthfulqa", 0)], DataFolder(tmp_path))
+
+
+def test_answers_by_letter_are_those_by_number(benchmarks, tmp_path):
+    shutil.copytree(benchmarks / "mmlu", tmp_path / "mmlu")
+    for split in ("dev", "test"):
+        path = tmp_path / f"mmlu/{split}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row | {"answer": "ABCD"[row["answer"]]}) + "\n" for row in rows))
+    scores = [harness.run(Recorder(), Choice("mmlu", 1), DataFolder(folder)) for folder in (benchmarks, tmp_path)]
+    assert scores[0].items == scores[1].items and 1 in scores[0].items
+
+
+def test_a_score_knows_its_files(benchmarks, tmp_path):
+    shutil.copytree(benchmarks, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "piqa/validation.jsonl"
+    path.write_text(path.read_text().replace('"label": 0', '"label": 1'))
+    for name in ("piqa", "sciq"):
+        ours, theirs = (
+            harness.run(Recorder(), Choice(name, 0), DataFolder(folder)) for folder in (benchmarks, tmp_path)
+        )
+        assert ours.data == TASKS[name].digest(DataFolder(benchmarks))
+        assert (ours.data == theirs.data) == (ours.fingerprint == theirs.fingerprint) == (name == "sciq")
+
+
+@pytest.mark.parametrize(
+    ("task", "likelihood", "share"), [("piqa", math.nan, "4 of its 4"), ("truthfulqa", -1e9, "2 of its 2")]
+)
+def test_a_model_without_numbers_is_one_sentence(benchmarks, task, likelihood, share):
+    """Of NaN the harness makes an answer; where all answers' probabilities are 0, mc2 is 0 / 0."""
+    with pytest.raises(UserError, match=f"^{task}: the model gives no numbers for {share} items"):
+        harness.run(Recorder(lambda context, answer: likelihood), Choice(task, 0), DataFolder(benchmarks))
 
 
 def test_code_is_run_by_the_metric_from_the_hub_only(benchmarks, monkeypatch):

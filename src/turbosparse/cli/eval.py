@@ -16,8 +16,9 @@ from turbosparse.errors import UserError
 from turbosparse.folders import check_folder
 
 if TYPE_CHECKING:
+    from turbosparse.evaluate.data_folder import DataFolder
     from turbosparse.evaluate.scores import Comparison, Scores
-    from turbosparse.evaluate.tasks import Choice, DataFolder
+    from turbosparse.evaluate.tasks import Choice
 
 
 class Dtype(StrEnum):
@@ -79,7 +80,7 @@ def command(
     if saved is not None and saved.suffix != ".json":
         raise UserError(f"--output {saved}: give it a name that ends in .json.")
     how = _How(data_dir, limit, mode, threads, compute, isa, batch, dtype)
-    how.check([name for name in (model, against) if name is not None])
+    how.check([name for name in (model, against) if name is not None], saved)
     from turbosparse.evaluate.scores import compare
     from turbosparse.evaluate.tasks import TASKS, choose
 
@@ -114,13 +115,17 @@ class _How:
     batch: int | None
     dtype: Dtype | None
 
-    def check(self, models: list[str]) -> None:
-        """Refuse a folder that holds no model, and an option that none of the models has a use for."""
+    def check(self, models: list[str], saved: Path | None) -> None:
+        """Refuse scores that are not there, a folder that holds no model, and an option that no model has a use for."""
         named = " and ".join(models)
         folders = [Path(name).is_dir() for name in models]
         for name in models:
+            if name.endswith(".json") and not Path(name).exists():
+                raise UserError(f"{name} does not exist; give scores that `turbosparse eval --output` wrote.")
             if Path(name).is_dir():
                 check_folder(Path(name))
+        if all(map(_is_saved, models)):
+            self._refuse_all(named, saved)
         if self.mode is not options.Mode.auto and all(folders):
             raise UserError(
                 f"--mode {self.mode.value}: modes are the engine's, and {named} is a folder; export it first."
@@ -129,10 +134,24 @@ class _How:
             if value is not None and not any(folders):
                 raise UserError(f"{option} is for Hugging Face folders, and {named} is none; leave it out.")
 
+    def _refuse_all(self, named: str, saved: Path | None) -> None:
+        """Refuse what says how a model is evaluated, where none is."""
+        given = {
+            "--limit": self.limit is not None,
+            "--output": saved is not None,
+            "--mode": self.mode is not options.Mode.auto,
+            "--threads": self.threads is not None,
+            "--compute": self.compute is not options.Compute.int8,
+            "--isa": self.isa is not None,
+        }
+        if useless := [option for option in given if given[option]]:
+            raise UserError(f"{useless[0]} is for evaluating a model, and {named} holds scores already; leave it out.")
+
     def scores(self, name: str, choices: list[Choice] | None, saved: Path | None) -> Scores:
         """The scores on these tasks (None: on all that the file `name` holds), kept in `saved` as they come."""
+        from turbosparse.evaluate.data_folder import DataFolder
         from turbosparse.evaluate.scores import Scores
-        from turbosparse.evaluate.tasks import DataFolder, check
+        from turbosparse.evaluate.tasks import check
 
         if _is_saved(name):
             scores = Scores.load(Path(name))
@@ -143,7 +162,7 @@ class _How:
         data = DataFolder(self.data_dir)
         check(choices, data)
         lm, scores = self._load(name)
-        scores = _resumed(scores, saved)
+        scores = _resumed(scores, saved, choices, data)
         for choice in choices:
             if scores.find(choice) is None:
                 scores.tasks.append(_score(lm, choice, data, self.limit))
@@ -176,16 +195,21 @@ def _stamp(path: Path) -> dict[str, list[int]]:
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
-def _resumed(scores: Scores, saved: Path | None) -> Scores:
-    """The scores of an earlier run that was stopped, if it was one of the same model in the same way."""
+def _resumed(scores: Scores, saved: Path | None, choices: list[Choice], data: DataFolder) -> Scores:
+    """The scores of an earlier run that was stopped, if it was one of the same model, way and files of the tasks."""
     from turbosparse.evaluate.scores import Scores
+    from turbosparse.evaluate.tasks import TASKS
 
     if saved is None or not saved.exists():
         return scores
     earlier = Scores.load(saved)
     if (earlier.model, earlier.mode, earlier.settings) != (scores.model, scores.mode, scores.settings):
         raise UserError(f"--output {saved} holds scores of another model, file or --limit; name a new file.")
-    output.notice(f"{saved} has {', '.join(score.task for score in earlier.tasks)} already")
+    for score in earlier.tasks:
+        if score.choice in choices and score.data not in (None, TASKS[score.task].digest(data)):
+            raise UserError(f"--output {saved} holds scores of {score.task} on other files; name a new file.")
+    tasks = ", ".join(score.task for score in earlier.tasks)
+    output.notice(f"{saved} has {output.printable(tasks)} already")
     return earlier
 
 
@@ -205,17 +229,20 @@ def _show(scores: Scores, comparison: Comparison | None) -> None:
 
     record = scores.to_json()
     names = ["task", "metric", "shots", "items", "score"]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{scores.model}, {scores.mode}", title_justify="left")
+    title = output.plain(f"{scores.model}, {scores.mode}", "table.title")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     if comparison is not None:
         record = comparison.add_to(record)
         names += ["control", "difference"]
-        table.caption = f"control: {comparison.control.model}, {comparison.control.mode}"
+        control = comparison.control
+        table.caption = output.plain(f"control: {control.model}, {control.mode}", "table.caption")
         table.caption_justify = "left"
     for name in names:
         table.add_column(name, justify="left" if name in ("task", "metric") else "right", no_wrap=True)
     for task in record["tasks"]:
         score = points(task["value"], task["stderr"])
-        table.add_row(task["task"], task["metric"], str(task["shots"]), f"{task['n']:,}", score, *_compared(task))
+        named = output.plain(task["task"]), output.plain(task["metric"])
+        table.add_row(*named, str(task["shots"]), f"{task['n']:,}", score, *_compared(task))
     table.add_section()
     mean = points(record["average"], record["average_stderr"])
     table.add_row("average", "", "", "", mean, *_compared(record))

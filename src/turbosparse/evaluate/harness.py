@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from turbosparse.errors import UserError
+from turbosparse.evaluate.data_folder import DataFolder
 from turbosparse.evaluate.scores import TaskScore
-from turbosparse.evaluate.tasks import TASKS, Choice, DataFolder, LocalTask, Part
+from turbosparse.evaluate.tasks import TASKS, Choice, LocalTask, Part
 
 # The harness draws a bar for every step, on any stderr; ours show one a task. tqdm reads this when it is imported.
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import datasets
 import lm_eval.tasks
+import numpy as np
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 
@@ -63,26 +66,41 @@ def run(
         progress: called with (requests done, requests in all).
 
     Raises:
-        UserError: the task's files are missing or damaged, or it cannot be run here.
+        UserError: the task's files are missing or damaged, it cannot be run here, or the model gives NaN for an item.
     """
     task = TASKS[choice.task]
     if task.runs_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the metric as soon as it is loaded
     parts = _load(task, task.parts(data), choice.shots, data)
     model.progress = progress or (lambda _done, _total: None)
-    results: Any = evaluate(
-        model,
-        {"tasks": parts},
-        limit=None if limit is None else -(-limit // len(parts)),
-        bootstrap_iters=0,
-        confirm_run_unsafe_code=task.runs_code,
-    )
+    with np.errstate(invalid="ignore"):  # what is no number is said in a sentence below
+        results: Any = evaluate(
+            model,
+            {"tasks": parts},
+            limit=None if limit is None else -(-limit // len(parts)),
+            bootstrap_iters=0,
+            confirm_run_unsafe_code=task.runs_code,
+        )
     samples = [sample for name in parts for sample in results["samples"][name] if sample["filter"] == task.filter]
+    if wrong := sum(not _is_number(sample, task.metric) for sample in samples):
+        raise UserError(
+            f"{choice.task}: the model gives no numbers for {wrong} of its {len(samples)} items, so its weights are "
+            "damaged or untrained; mend them, or leave the task out."
+        )
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(f"{sample['doc_hash']} {sample['prompt_hash']} {sample['target_hash']}\n".encode())
     items = tuple(float(sample[task.metric]) for sample in samples)
-    return TaskScore(choice.task, task.metric, choice.shots, digest.hexdigest(), items)
+    return TaskScore(choice.task, task.metric, choice.shots, digest.hexdigest(), items, task.digest(data))
+
+
+def _is_number(sample: Mapping[str, Any], metric: str) -> bool:
+    """Whether an item's score is a number, and so are the log-likelihoods behind it.
+
+    Among answers with NaN the harness takes one for the best, so the score itself may look like any other.
+    """
+    likelihoods = [answer[0] for answer in sample["filtered_resps"] if isinstance(answer, tuple)]
+    return math.isfinite(sample[metric]) and not any(map(math.isnan, likelihoods))
 
 
 def _load(task: LocalTask, parts: list[Part], shots: int, data: DataFolder) -> dict[str, Task]:
@@ -126,6 +144,6 @@ def _table(part: Part, split: str, rows: list[dict[str, Any]]) -> datasets.Datas
         raise UserError(f"{part.files[split]} holds no row of {part.name}; download it again.")
     try:
         return datasets.Dataset.from_list(rows)
-    except (ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0][:200]
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{part.files[split]}: the rows do not have fields of the same types ({reason}).") from error

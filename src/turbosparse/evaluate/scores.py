@@ -20,6 +20,8 @@ from typing import Any
 from turbosparse.errors import UserError
 from turbosparse.evaluate.tasks import Choice
 
+_MOST = 1 + 1e-9  # of an item's score: every metric is a share, and a sum of probabilities may round up
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -45,7 +47,8 @@ def average(estimates: Sequence[Estimate]) -> Estimate:
 class TaskScore:
     """How a model did on one task: `items` holds the metric of every item, in the file's order.
 
-    `fingerprint` tells items and prompts from others: only scores with the same one can be compared.
+    `fingerprint` tells items and prompts from others: only scores with the same one can be compared. `data` tells the
+    task's files from others before any item is answered; None in what was saved before there was such a digest.
     """
 
     task: str
@@ -53,6 +56,7 @@ class TaskScore:
     shots: int
     fingerprint: str
     items: tuple[float, ...]
+    data: str | None = None
 
     @property
     def choice(self) -> Choice:
@@ -119,7 +123,7 @@ class Scores:
         """Write everything, items included; the file is whole whenever it is seen."""
         record = self.to_json() | {"settings": self.settings}
         for shown, score in zip(record["tasks"], self.tasks, strict=True):
-            shown |= {"fingerprint": score.fingerprint, "items": score.items}
+            shown |= {"fingerprint": score.fingerprint, "data": score.data, "items": score.items}
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
         os.replace(partial, path)
@@ -133,22 +137,29 @@ class Scores:
         """
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            tasks = [
-                TaskScore(
-                    str(task["task"]),
-                    str(task["metric"]),
-                    int(task["shots"]),
-                    str(task["fingerprint"]),
-                    tuple(float(item) for item in task["items"]),
-                )
-                for task in record["tasks"]
-            ]
+            tasks = [_task_score(task) for task in record["tasks"]]
             scores = cls(str(record["model"]), str(record["mode"]), dict(record["settings"]), tasks)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise UserError(f"{path} does not hold scores that `turbosparse eval --output` wrote.") from None
         if not tasks or not all(score.items for score in tasks):
             raise UserError(f"{path} holds no scores; evaluate the model first.")
         return scores
+
+
+def _task_score(record: dict[str, Any]) -> TaskScore:
+    """What `Scores.save` wrote of a task; of anything else, an error of Python's."""
+    items = tuple(map(float, record["items"]))
+    if not all(0 <= item <= _MOST for item in items):
+        raise ValueError("not a share")
+    data = record.get("data")
+    return TaskScore(
+        str(record["task"]),
+        str(record["metric"]),
+        int(record["shots"]),
+        str(record["fingerprint"]),
+        items,
+        None if data is None else str(data),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,70 +1,20 @@
 """The benchmarks: tasks of lm-evaluation-harness that read local files instead of data sets from the hub.
 
 Prompts, answers, metrics and few-shot examples are those of the harness's own YAML files. What stands here is where
-each task's rows lie below the data folder, which fields they must have, and which of the task's metrics is its score.
+each task's rows lie below the data folder, what their fields must hold, and which of the task's metrics is its score.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from turbosparse.errors import UserError
-
-Row = dict[str, Any]
-
-
-class DataFolder:
-    """The folder with a subfolder of files for each task; files are read when they are asked for, and kept."""
-
-    def __init__(self, path: Path | None) -> None:
-        if path is None:
-            raise UserError("the tasks need their files; name the folder with --data-dir or TURBOSPARSE_EVAL_DATA.")
-        if not path.is_dir():
-            raise UserError(f"--data-dir {path} is not a folder; name the one that holds arc_easy/, piqa/ and so on.")
-        self._path = path
-        self._kept: dict[str, list[Row]] = {}
-
-    def rows(self, file: str) -> list[Row]:
-        """The records of a .jsonl or .csv file, given by its path below the folder.
-
-        Raises:
-            UserError: it is missing, damaged or empty.
-        """
-        if file not in self._kept:
-            path = self._path / file
-            if not path.is_file():
-                raise UserError(f"{path} does not exist; --data-dir must name the folder that holds {file}.")
-            try:
-                text = path.read_text(encoding="utf-8-sig")
-            except UnicodeDecodeError:
-                raise UserError(f"{path} is not UTF-8 text; download it again.") from None
-            self._kept[file] = list(_csv_rows(text) if path.suffix == ".csv" else _json_rows(path, text))
-            if not self._kept[file]:
-                raise UserError(f"{path} is empty; download it again.")
-        return self._kept[file]
-
-
-def _csv_rows(text: str) -> Iterable[Row]:
-    return csv.DictReader(text.splitlines(keepends=True))
-
-
-def _json_rows(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object; download the file again.")
-        yield row
+from turbosparse.evaluate import rules
+from turbosparse.evaluate.data_folder import DataFolder, Row
+from turbosparse.evaluate.rules import Rule
 
 
 def _as_it_is(row: Row) -> Row | None:
@@ -78,34 +28,44 @@ class Part:
     Attributes:
         name: the harness's.
         files: for each split of the task, the file; a split that is not named does not exist.
-        fields: what a row must have after `adapt`: what the task's templates read.
-        adapt: makes the harness's row of the file's row; None leaves it out.
+        fields: what a row must have after `adapt`, and what the task's templates can read there.
+        adapt: makes the harness's row of the file's row; None leaves it out, a KeyError names a field that is wrong.
     """
 
     name: str
     files: Mapping[str, str]
-    fields: Sequence[str]
+    fields: Mapping[str, Rule]
     adapt: Callable[[Row], Row | None] = _as_it_is
 
     def rows(self, data: DataFolder) -> dict[str, list[Row]]:
         """The rows of every split.
 
         Raises:
-            UserError: a row lacks a field, or as `DataFolder.rows`.
+            UserError: a row has no valid value in a field, or as `DataFolder.rows`.
         """
         return {split: list(self._adapted(file, data)) for split, file in self.files.items()}
 
     def _adapted(self, file: str, data: DataFolder) -> Iterator[Row]:
         for number, row in enumerate(data.rows(file), start=1):
             try:
-                adapted = self.adapt(row)
-            except (KeyError, IndexError, AttributeError, TypeError):
-                adapted = {}
-            if adapted is None:
-                continue
-            if missing := [field for field in self.fields if field not in adapted]:
-                raise UserError(f"{file}, record {number}: no valid {missing[0]!r}, which {self.name} needs.")
-            yield adapted
+                adapted = self._checked(row)
+            except KeyError as error:
+                wrong = error.args[0]
+                raise UserError(f"{file}, record {number}: no valid {wrong!r}, which {self.name} needs.") from None
+            if adapted is not None:
+                yield adapted
+
+    def _checked(self, row: Row) -> Row | None:
+        """The harness's row; a KeyError names the first field that is missing or not valid."""
+        try:
+            adapted = self.adapt(row)
+        except (IndexError, AttributeError, TypeError, ValueError):
+            raise KeyError(next(iter(self.fields))) from None
+        if adapted is not None:
+            for field, valid in self.fields.items():
+                if not valid(adapted[field], adapted):
+                    raise KeyError(field)
+        return adapted
 
 
 @dataclass(frozen=True)
@@ -128,6 +88,10 @@ class LocalTask:
     filter: str = "none"
     runs_code: bool = False
 
+    def digest(self, data: DataFolder) -> str:
+        """Tells the content of the task's files from any other; raises as `DataFolder.rows`."""
+        return data.digest({file for part in self.parts(data) for file in part.files.values()})
+
 
 class Choice(NamedTuple):
     """A task, by its key in `TASKS`, and its number of solved examples."""
@@ -137,9 +101,10 @@ class Choice(NamedTuple):
 
 
 def _one(
-    name: str, files: Mapping[str, str], fields: str, adapt: Callable[[Row], Row | None] = _as_it_is
+    name: str, files: Mapping[str, str], texts: str, adapt: Callable[[Row], Row | None] = _as_it_is, **others: Rule
 ) -> Callable[[DataFolder], list[Part]]:
-    return lambda _: [Part(name, files, fields.split(), adapt)]
+    """A task of one part, whose rows have these texts, and other fields by their rules."""
+    return lambda _: [Part(name, files, dict.fromkeys(texts.split(), rules.text) | others, adapt)]
 
 
 def _lettered(row: Row) -> Row:
@@ -149,37 +114,63 @@ def _lettered(row: Row) -> Row:
     question = row["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
     letters = [chr(ord("A") + index) for index in range(len(row["choices"]))]
     choices = {"text": row["choices"], "label": letters}
+    if row["gold"] not in range(len(letters)):
+        raise KeyError("gold")
     return {"question": question, "question_stem": question, "choices": choices, "answerKey": letters[row["gold"]]}
 
 
 def _with_last_word(row: Row) -> Row:
     """LAMBADA: the harness cuts the last word off the text by itself."""
-    return {"text": f"{row['query']} {row['choices'][0]}"}
+    if not rules.texts(row["choices"], row):
+        raise KeyError("choices")
+    return {"text": row["query"] + " " + row["choices"][0]}
 
 
 def _with_label(row: Row) -> Row:
+    """BoolQ: whether the answer is yes."""
+    if row["answer"] not in (False, True):
+        raise KeyError("answer")
     return row | {"label": int(row["answer"])}
+
+
+def _answers(row: Row, column: str) -> list[str]:
+    answers = [answer.strip() for answer in (row[column] or "").split(";") if answer.strip()]
+    if not answers:
+        raise KeyError(column)
+    return answers
 
 
 def _with_answers(row: Row) -> Row:
     """TruthfulQA's table: every answer and whether it is true."""
-    true, false = (
-        [answer.strip() for answer in row[f"{kind} Answers"].split(";") if answer.strip()]
-        for kind in ("Correct", "Incorrect")
-    )
+    true, false = _answers(row, "Correct Answers"), _answers(row, "Incorrect Answers")
     targets = {"choices": true + false, "labels": [1] * len(true) + [0] * len(false)}
     return {"question": row["Question"].strip(), "mc1_targets": targets, "mc2_targets": targets}
 
 
+def _subject(row: Row) -> str:
+    """The subject of an MMLU row, "" where it has none."""
+    subject = row.get("subject")
+    return subject if isinstance(subject, str) else ""
+
+
 def _of_subject(subject: str, row: Row) -> Row | None:
-    return row if row["subject"] == subject else None
+    if not _subject(row):
+        raise KeyError("subject")
+    return row if _subject(row) == subject else None
 
 
 def _mmlu(data: DataFolder) -> list[Part]:
     files = {"dev": "mmlu/dev.jsonl", "test": "mmlu/test.jsonl"}
-    subjects = sorted({row.get("subject", "") for row in data.rows(files["test"])})
-    fields = ("question", "choices", "answer")
-    return [Part(f"mmlu_{subject}", files, fields, partial(_of_subject, subject)) for subject in subjects]
+    subjects = sorted({_subject(row) for row in data.rows(files["test"])})
+    fields: dict[str, Rule] = {
+        "question": rules.text,
+        "choices": partial(rules.texts, least=4),
+        "answer": rules.one_of(*range(4), *"ABCD"),
+    }
+    return [
+        Part(f"mmlu_{subject}" if subject else "mmlu", files, fields, partial(_of_subject, subject))
+        for subject in subjects
+    ]
 
 
 _MATH = {
@@ -191,11 +182,12 @@ _MATH = {
     "prealgebra": "prealgebra",
     "precalc": "precalculus",
 }
+_MATH_FIELDS: dict[str, Rule] = {"problem": rules.text, "solution": rules.boxed}
 
 
 def _math(_: DataFolder) -> list[Part]:
     return [
-        Part(f"minerva_math_{name}", {"test": f"math/minerva_math_{file}.jsonl"}, ("problem", "solution"))
+        Part(f"minerva_math_{name}", {"test": f"math/minerva_math_{file}.jsonl"}, _MATH_FIELDS)
         for name, file in _MATH.items()
     ]
 
@@ -209,45 +201,73 @@ def _files(folder: str, *splits: str) -> dict[str, str]:
     return {split: f"{folder}/{split}.jsonl" for split in splits}
 
 
-_LETTERED = "question choices answerKey"
+_LETTERED: dict[str, Rule] = {"choices": rules.lettered_texts, "answerKey": rules.letter}
 TASKS: dict[str, LocalTask] = {
     "arc_easy": LocalTask(
-        "arc", _one("arc_easy", _files("arc_easy", "validation", "test"), _LETTERED, _lettered), "acc_norm"
+        "arc",
+        _one("arc_easy", _files("arc_easy", "validation", "test"), "question", _lettered, **_LETTERED),
+        "acc_norm",
     ),
     "arc_challenge": LocalTask(
-        "arc", _one("arc_challenge", _files("arc_challenge", "validation", "test"), _LETTERED, _lettered), "acc_norm"
+        "arc",
+        _one("arc_challenge", _files("arc_challenge", "validation", "test"), "question", _lettered, **_LETTERED),
+        "acc_norm",
     ),
     "boolq": LocalTask(
-        "super_glue/boolq", _one("boolq", _files("boolq", "validation"), "passage question label", _with_label)
+        "super_glue/boolq", _one("boolq", _files("boolq", "validation"), "passage question", _with_label)
     ),
     "hellaswag": LocalTask(
         "hellaswag",
-        _one("hellaswag", _files("hellaswag", "validation"), "activity_label ctx_a ctx_b endings label"),
+        _one(
+            "hellaswag",
+            _files("hellaswag", "validation"),
+            "activity_label ctx_a",
+            ctx_b=rules.maybe_empty,
+            endings=rules.texts,
+            label=rules.ending,
+        ),
         "acc_norm",
     ),
     "lambada": LocalTask("lambada", _one("lambada_openai", _files("lambada", "test"), "text", _with_last_word)),
     "mmlu": LocalTask("mmlu/default", _mmlu),
     "openbookqa": LocalTask(
         "openbookqa",
-        _one("openbookqa", _files("openbookqa", "validation", "test"), "question_stem choices answerKey", _lettered),
+        _one(
+            "openbookqa",
+            _files("openbookqa", "validation", "test"),
+            "question_stem",
+            _lettered,
+            choices=rules.lettered_texts,
+            answerKey=rules.padded_letter,
+        ),
         "acc_norm",
     ),
-    "piqa": LocalTask("piqa", _one("piqa", _files("piqa", "validation"), "goal sol1 sol2 label"), "acc_norm"),
+    "piqa": LocalTask(
+        "piqa", _one("piqa", _files("piqa", "validation"), "goal sol1 sol2", label=rules.one_of(0, 1)), "acc_norm"
+    ),
     "sciq": LocalTask(
         "sciq",
         _one(
             "sciq",
             _files("sciq", "validation"),
-            "support question distractor1 distractor2 distractor3 correct_answer",
+            "question distractor1 distractor2 distractor3 correct_answer",
+            support=rules.maybe_empty,
         ),
         "acc_norm",
     ),
     "truthfulqa": LocalTask(
         "truthfulqa",
-        _one("truthfulqa_mc2", {"validation": "truthfulqa/TruthfulQA.csv"}, "question mc2_targets", _with_answers),
+        _one("truthfulqa_mc2", {"validation": "truthfulqa/TruthfulQA.csv"}, "question", _with_answers),
     ),
     "winogrande": LocalTask(
-        "winogrande", _one("winogrande", _files("winogrande", "validation"), "sentence option1 option2 answer")
+        "winogrande",
+        _one(
+            "winogrande",
+            _files("winogrande", "validation"),
+            "option1 option2",
+            sentence=rules.with_a_gap,
+            answer=rules.one_of("1", "2"),
+        ),
     ),
     "gsm8k": LocalTask(
         "gsm8k",
@@ -259,7 +279,7 @@ TASKS: dict[str, LocalTask] = {
     "math": LocalTask("minerva_math", _math, "exact_match", shots=4),
     "math500": LocalTask(
         "minerva_math",
-        _one("minerva_math500", {"test": "math/minerva_math_500.jsonl"}, "problem solution"),
+        _one("minerva_math500", {"test": "math/minerva_math_500.jsonl"}, "problem", solution=rules.boxed),
         "exact_match",
         shots=4,
     ),
@@ -272,7 +292,7 @@ TASKS: dict[str, LocalTask] = {
     ),
     "mbpp": LocalTask(
         "mbpp",
-        _one("mbpp", {"test": "mbpp/mbpp.jsonl"}, "text code test_list", _test_split),
+        _one("mbpp", {"test": "mbpp/mbpp.jsonl"}, "text code", _test_split, test_list=partial(rules.texts, least=3)),
         "pass_at_1",
         shots=3,
         runs_code=True,
