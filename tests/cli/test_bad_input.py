@@ -150,6 +150,11 @@ def test_an_export_over_the_model_itself(tiny_folder, tiny_gguf, tmp_path, forma
             assert out.read_bytes() == before
 
 
+def test_a_sentence_cannot_steer_the_terminal(tmp_path):
+    said = refused("info", tmp_path / "a\x1b]0;title\x07.gguf")
+    assert "\x1b" not in said and "\x07" not in said and "\\x1b" in said
+
+
 def test_modes_are_not_for_folders(tiny_folder, tmp_path):
     (tmp_path / "text.txt").write_text("Once upon a time.")
     arguments = ("perplexity", tiny_folder("llama", "drelu"), "--data", tmp_path / "text.txt", "--mode", "exact")

@@ -19,6 +19,7 @@ from turbosparse.cli import (
     export,
     import_,
     info,
+    output,
     perplexity,
     publish,
     run,
@@ -47,7 +48,7 @@ class _Stages(TyperGroup):
                 raise  # click ends quietly when the reader of a pipe has gone; an error without a cause is a bug
             place = f"{error.filename}: " if error.filename is not None else ""
             sentence = f"{place}{error.strerror}; check the path, its permissions and the space left."
-        print(f"turbosparse: {sentence}", file=sys.stderr)
+        print(f"turbosparse: {output.printable(sentence)}", file=sys.stderr)
         raise typer.Exit(2)
 
 

@@ -46,10 +46,8 @@ def command(
     _answer(console, engine)
     perplexity, tokens = _read_sample(console, engine, data)
     same = _compare(console, engine, perplexity, tokens)
-    console.print(
-        f"[dim]{time.perf_counter() - started:.0f} s in all. Next: turbosparse chat {model}   "
-        f"turbosparse bench {model}[/]"
-    )
+    took = f"{time.perf_counter() - started:.0f} s in all."
+    console.print(output.plain(f"{took} Next: turbosparse chat {model}   turbosparse bench {model}", "dim"))
     if svg is not None:
         console.save_svg(str(svg), title="make demo")
     if not same:

@@ -29,7 +29,7 @@ def command(model: Model, json: Json = False) -> None:
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
         if isinstance(value, dict):
             shown = f"ranks {value['ranks'][0]} to {value['ranks'][1]}, {value['share']:.1%} of the FFN's bytes"
-        table.add_row(key.replace("_", " "), "-" if value is None else shown)
+        table.add_row(key.replace("_", " "), output.plain("-" if value is None else shown))
     output.stdout_console().print(table)
 
 

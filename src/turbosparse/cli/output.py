@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 Progress = Callable[[int, int], None]
 """Reports (done, total) of something that takes a while."""
@@ -38,6 +39,18 @@ def stdout_console() -> Console:
 def notice(text: str) -> None:
     """Say something about the run, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text from outside for a terminal: what is no character to show, such as a control code, as an escape."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def plain(text: str, style: str = "") -> Text:
+    """Text from outside for a table: `printable`, and nothing in it is markup."""
+    from rich.text import Text
+
+    return Text(printable(text), style)
 
 
 def emit(record: Mapping[str, Any]) -> None:
@@ -84,13 +97,13 @@ def _bar(description: str) -> Iterator[Progress]:
     from rich.progress import Progress as Bars
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:3.0f} %"),
         TimeRemainingColumn(),
     )
     with Bars(*columns, console=stderr_console(), transient=True) as bars:
-        task = bars.add_task(description, total=None)
+        task = bars.add_task(printable(description), total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
