@@ -33,6 +33,12 @@ def test_every_other_name_is_one_document(tmp_path, name):
     assert list(read_documents(tmp_path / name)) == [raw.decode()]
 
 
+def test_a_null_is_a_field_that_is_not_there(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(_jsonl([{"text": "a", "messages": None}, {"text": None, **RECORDS[1]}]))
+    assert list(read_records(path)) == [{"text": "a"}, {"text": None, **RECORDS[1]}]
+
+
 def test_blank_lines_byte_order_mark_and_missing_last_newline(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": "b"}')
@@ -69,6 +75,7 @@ BAD = {
     "not json": (b'{"text": "a"}\nnot json\n', "line 2: not JSON"),
     "not an object": (b'{"text": "a"}\n\n["a"]\n', "line 3: not a JSON object"),
     "no text": (b'{"title": "a"}\n', "line 1: has neither"),
+    "null": (b'{"text": null, "messages": null}\n', "line 1: has neither"),
     "text of another type": (b'{"text": 1}\n', "line 1: has neither"),
     "bad chat": (b'{"messages": [{"role": "user"}]}\n', "line 1: has neither"),
     "not utf-8": (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8"),

@@ -30,8 +30,9 @@ _BOM = b"\xef\xbb\xbf"
 def read_records(path: str | Path, text_field: str = "text") -> Iterator[dict[str, Any]]:
     """Records of a file, in order, one at a time.
 
-    A record has `text_field` (a string) or "messages" (a list of {"role": str, "content": str}); other keys are handed
-    on unchecked. A plain-text file is one record {text_field: its text}. Blank lines are skipped.
+    A record has `text_field` (a string) or "messages" (a list of {"role": str, "content": str}), which are left out if
+    null; other keys are handed on unchecked. A plain-text file is one record {text_field: its text}. Blank lines are
+    skipped.
 
     Raises:
         UserError: the file is missing, is not UTF-8, is not whole zstd, or a line is too long or not such a record.
@@ -161,6 +162,8 @@ def _record(path: Path, number: int, line: bytes, text_field: str) -> dict[str, 
         fail('not JSON; a .jsonl file holds one object such as {"text": "..."} on every line')
     if not isinstance(record, dict):
         fail('not a JSON object; a line looks like {"text": "..."}')
+    if record.get("messages") is None:
+        record.pop("messages", None)  # how data sets write a column that this record does not use
     if _is_chat(record["messages"]) if "messages" in record else isinstance(record.get(text_field), str):
         return record
     return fail(f'has neither a string "{text_field}" nor "messages" with "role" and "content" strings')

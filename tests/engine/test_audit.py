@@ -1,5 +1,7 @@
 """The audit of predicted mode: its figures are those of a slow reference, it changes no bit, it answers drift."""
 
+import math
+
 import gguf
 import numpy as np
 import pytest
@@ -322,6 +324,12 @@ def test_intervals_are_students():
     assert estimate.mean == pytest.approx(0.9125)
     assert estimate.high - estimate.mean == pytest.approx(3.182 * np.std([0.9, 1.0, 0.8, 0.95], ddof=1) / 2)
     assert Estimate.of([0.5]) == Estimate(0.5, None, None)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_figures_of_damaged_weights_are_no_numbers(value):
+    for values in ([value], [0.5, value, 1.0], [value, -value]):
+        assert all(map(math.isnan, vars(Estimate.of(values)).values()))
 
 
 def test_a_share_that_is_none(predicting):

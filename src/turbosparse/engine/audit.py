@@ -11,7 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over audited tokens and its 95 % confidence interval; None where there are too few tokens."""
+    """A mean over audited tokens and its 95 % confidence interval; None where there are too few tokens.
+
+    NaN where a token's value is no number, as damaged weights make it.
+    """
 
     mean: float | None
     low: float | None
@@ -22,6 +25,8 @@ class Estimate:
         """From one value a token, with Student's distribution."""
         if not values:
             return cls(None, None, None)
+        if not all(map(math.isfinite, values)):
+            return cls(math.nan, math.nan, math.nan)
         mean = statistics.fmean(values)
         if len(values) < 2:
             return cls(mean, None, None)
