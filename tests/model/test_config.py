@@ -138,6 +138,13 @@ def test_an_impossible_config_is_one_sentence(tiny_folder, changes, named):
     assert len(message) < 300
 
 
+def test_layers_of_no_kind_are_one_sentence(tiny_folder):
+    values = json.loads((tiny_folder("gemma2") / "config.json").read_text())
+    for kinds in (["none"] * 3, [["full_attention"]] * 3):
+        with pytest.raises(UserError, match="layer_types"):
+            ModelConfig.from_hf(values | {"layer_types": kinds})
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "named"),
     [

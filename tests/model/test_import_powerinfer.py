@@ -141,6 +141,9 @@ def test_what_is_no_file_of_powerinfer_is_not_imported(tiny_gguf, pair, tmp_path
         import_model(tiny_gguf("llama"), tmp_path / "b.gguf", None, None)
     with pytest.raises(UserError, match="--quant q8_0"):
         import_model(pair(*KINDS[0])[0], tmp_path / "b.gguf", "q8_0", None)
+    theirs = pair(*KINDS[0])[0]
+    with pytest.raises(UserError, match="belongs to the model that is read"):
+        import_model(theirs, theirs, None, None)
     with pytest.raises(UserError, match="PowerInfer file already"):
         export_powerinfer(pair(*KINDS[0])[0], tmp_path / "b.gguf", "q4_0")
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from turbosparse.errors import UserError
 from turbosparse.model.gguf import GGUFFile
-from turbosparse.model.pretokenizers import PRE_TOKENIZERS
+from turbosparse.model.pretokenizers import PRE_TOKENIZERS, flat_parts
 from turbosparse.model.tokenizer import Tokenizer as OurTokenizer
 from turbosparse.model.tokenizer import tokenizer_metadata
 from turbosparse.model.vocabulary import Vocabulary, merges_from_scores
@@ -477,3 +477,11 @@ def test_a_real_tokenizer_goes_to_a_folder_and_back(real, tmp_path):
     for text in _random_texts():
         ids = ours.encode(text, parse_special=True)
         assert again.encode(text, parse_special=True) == ids == hf.encode(text)
+
+
+def test_parts_come_in_order_however_deep_they_lie():
+    part = {"type": "Split"}
+    for number in range(5000):
+        part = {"type": "Sequence", "parts": [{"type": str(number)}, part]}
+    assert [leaf["type"] for leaf in flat_parts(part, "parts")] == [*map(str, reversed(range(5000))), "Split"]
+    assert flat_parts(None, "parts") == []

@@ -39,6 +39,7 @@ def test_paths_counts_and_environment(tmp_path, monkeypatch):
         (lambda t: t.replace("learning_rate", "learning_rat"), "learning_rat"),
         (lambda t: t + "\nfoo: 1\n", "foo"),
         (lambda t: t.replace("1.0e-3", "-1"), "learning_rate"),
+        (lambda t: t.replace("1.5M", "9" * 400 + "M"), "tokens"),
         (lambda t: t.replace("cross_entropy", "layerwise"), "teacher"),
         (lambda t: t.replace('path: "web/*.jsonl"', "weight: 1"), "path"),
         (lambda t: t.replace("$TEXT", "$NOT_SET_ANYWHERE"), "environment variable"),

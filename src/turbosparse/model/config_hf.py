@@ -153,7 +153,11 @@ def _windows(fields: Fields, family: Family, n_layers: int) -> tuple[int | None,
     kinds = fields.get("layer_types")
     if kinds is not None:
         known = {"sliding_attention": True, "full_attention": False}
-        if not isinstance(kinds, list) or len(kinds) != n_layers or not all(kind in known for kind in kinds):
+        if (
+            not isinstance(kinds, list)
+            or len(kinds) != n_layers
+            or not all(isinstance(kind, str) and kind in known for kind in kinds)
+        ):
             fields.fail(f"layer_types is not a list of {n_layers} times full_attention or sliding_attention")
         layers = tuple(known[kind] for kind in kinds)
     elif family.window_period is not None:

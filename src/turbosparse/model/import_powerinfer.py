@@ -11,7 +11,7 @@ from gguf import GGUFWriter
 
 from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig, Predictor
-from turbosparse.model.export import ExportReport, Progress, export_gguf, replacing
+from turbosparse.model.export import ExportReport, Progress, export_gguf, refuse_own_file, replacing
 from turbosparse.model.export_metadata import architecture_of, write_hyperparameters
 from turbosparse.model.gguf import POWERINFER_MAGIC, GGUFFile
 from turbosparse.model.gguf_copy import copy_key, copy_tensor, write_copies
@@ -34,12 +34,13 @@ def import_model(
         progress: called with (weights done, weights in all).
 
     Raises:
-        UserError: the source is neither, or the file cannot be written.
+        UserError: the source is neither, or the file cannot be written or is the source.
     """
     if source.is_dir() and (source / "config.json").is_file():
         return export_gguf(source, out, quant or "q4_0", progress, threshold)
     if source.is_dir():
         source = _only_file(source)
+    refuse_own_file(source, out)
     if quant is not None:
         raise UserError(f"--quant {quant}: the weights of {source} stay as they are stored; leave the option out.")
     with GGUFFile.open(source) as file, replacing(out) as partial:

@@ -105,12 +105,17 @@ def flat_parts(part: Any, key: str) -> list[dict[str, Any]]:
 
     `key` is where a Sequence keeps its parts.
     """
-    if not isinstance(part, dict):
-        return []
-    inner = part.get(key)
-    if part.get("type") == "Sequence" and isinstance(inner, list):
-        return [leaf for item in inner for leaf in flat_parts(item, key)]
-    return [part]
+    leaves, waiting = [], [part]  # not recursive: a file may nest as deep as it likes
+    while waiting:
+        item = waiting.pop()
+        if not isinstance(item, dict):
+            continue
+        inner = item.get(key)
+        if item.get("type") == "Sequence" and isinstance(inner, list):
+            waiting += reversed(inner)
+        else:
+            leaves.append(item)
+    return leaves
 
 
 def _steps(pre_tokenizer: Any) -> tuple[Step, ...] | None:

@@ -21,7 +21,7 @@ _SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
 
 def _count(value: Any) -> Any:
     """Read "200M" as 200_000_000; leave everything else to pydantic."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMbB])", value.strip()) if isinstance(value, str) else None
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kKmMbB])", value.strip()) if isinstance(value, str) else None
     return round(float(match[1]) * _SUFFIXES[match[2].lower()]) if match else value
 
 
