@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see."""
+"""The one exception that a user is meant to see, and what it may quote of others."""
 
 
 class UserError(Exception):
@@ -7,3 +7,8 @@ class UserError(Exception):
     The message is one clear sentence that names the file, tensor or option and the remedy. The command line prints it
     without a traceback and exits with code 2; library users catch it.
     """
+
+
+def reason(error: Exception) -> str:
+    """What another library's exception says, short enough for a sentence: its first line, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

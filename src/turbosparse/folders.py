@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from turbosparse.errors import UserError
+from turbosparse.errors import UserError, reason
 
 CONFIG = "config.json"
 
@@ -38,7 +38,7 @@ def load_model(folder: str | Path, dtype: Any = "float32") -> Any:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except Exception as error:  # damaged weights and impossible configs make the library raise many kinds
         raise UserError(
-            f"{folder}: cannot load the model ({_reason(error)}); give the folder of a causal language model, or make "
+            f"{folder}: cannot load the model ({reason(error)}); give the folder of a causal language model, or make "
             "one with `turbosparse convert`."
         ) from None
     if getattr(model.config, "attn_logit_softcapping", None):
@@ -60,7 +60,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # as above; a damaged tokenizer.json even plain ones
         raise UserError(
-            f"{folder}: cannot load the tokenizer ({_reason(error)}); put its tokenizer.json beside the model."
+            f"{folder}: cannot load the tokenizer ({reason(error)}); put its tokenizer.json beside the model."
         ) from None
 
 
@@ -88,7 +88,3 @@ class PlainTokenizer:
         # Without `split_special_tokens` a text that quotes "<eos>" would hold a control token.
         # Not verbose: a document may be longer than a context, since windows are cut from it.
         return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False))
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

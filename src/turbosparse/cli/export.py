@@ -54,10 +54,9 @@ def command(
 
 
 def _write(source: Path, out: Path, quant: str, format: Format, report: output.Progress) -> ExportReport:
-    from turbosparse.model.export import export_gguf, refuse_own_file
+    from turbosparse.model.export import export_gguf
     from turbosparse.model.export_powerinfer import export_powerinfer
 
-    refuse_own_file(source, out)
     if format is Format.powerinfer:
         return export_powerinfer(source, out, quant, report)
     if not (source / "predictors.safetensors").is_file():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from turbosparse.errors import UserError
+from turbosparse.errors import UserError, reason
 from turbosparse.evaluate.data_folder import DataFolder
 from turbosparse.evaluate.scores import TaskScore
 from turbosparse.evaluate.tasks import TASKS, Choice, LocalTask, Part
@@ -145,5 +145,6 @@ def _table(part: Part, split: str, rows: list[dict[str, Any]]) -> datasets.Datas
     try:
         return datasets.Dataset.from_list(rows)
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{part.files[split]}: the rows do not have fields of the same types ({reason}).") from error
+        raise UserError(
+            f"{part.files[split]}: the rows do not have fields of the same types ({reason(error)})."
+        ) from error

@@ -17,7 +17,7 @@ from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig
 from turbosparse.model.config_gguf import SYNTHETIC_KEY
 from turbosparse.model.config_values import runtime_attention_scale
-from turbosparse.model.export import ExportReport, Progress, export_gguf, replacing
+from turbosparse.model.export import ExportReport, Progress, export_gguf, refuse_own_file, replacing
 from turbosparse.model.families import FAMILIES
 from turbosparse.model.gguf import MAGIC, POWERINFER_MAGIC, GGUFFile
 from turbosparse.model.gguf_copy import Copy, copy_key, copy_tensor, write_copies
@@ -47,8 +47,9 @@ def export_powerinfer(source: Path, out: Path, quant: str, progress: Progress | 
         progress: called with (weights done, weights in all).
 
     Raises:
-        UserError: the model has a property that PowerInfer does not know, or the file cannot be written.
+        UserError: the model has a property that PowerInfer does not know, or the file cannot be written or is read.
     """
+    refuse_own_file(source, out)
     with replacing(out) as partial:
         if not source.is_dir():
             return _rewrite(source, source, partial, out, progress)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig
-from turbosparse.model.export import ExportReport, Progress, export_gguf, replacing
+from turbosparse.model.export import ExportReport, Progress, export_gguf, refuse_own_file, replacing
 from turbosparse.model.gguf import GGUFFile
 from turbosparse.model.quantize import writable_type
 from turbosparse.predict.write import StoredPredictor, write_predictors
@@ -91,6 +91,7 @@ def export_with_predictors(folder: Path, out: Path, quant: str, progress: Progre
     Raises:
         UserError: as `export_gguf` and `attach`. Nothing is left then, and a file that was there stays.
     """
+    refuse_own_file(folder, out)
     with replacing(out) as partial:
         report = export_gguf(folder, partial, quant, progress)
         attach(folder, partial)

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from turbosparse.errors import UserError
+from turbosparse.errors import UserError, reason
 
 # The model and what belongs to it; a stage's checkpoints and anything else that lies there stay here.
 _PARTS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "README.md", "LICENSE*", "NOTICE*", "log.jsonl"]
@@ -29,6 +29,7 @@ def upload(folder: Path, ggufs: Sequence[Path], repository: str, private: bool) 
     except LocalTokenNotFoundError:
         raise UserError(f"{repository}: nobody is logged in; run `hf auth login` first.") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{repository}: cannot be pushed ({reason}); check the name and the connection.") from None
+        raise UserError(
+            f"{repository}: cannot be pushed ({reason(error)}); check the name and the connection."
+        ) from None
     return str(address)

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from turbosparse.errors import UserError
+from turbosparse.errors import UserError, reason
 from turbosparse.folders import CONFIG
 from turbosparse.model.provenance import LICENCE_NAME, README, Provenance, note_provenance, provenance
 from turbosparse.relufy.drelu import ACTIVATIONS, FAMILIES, check_dense
@@ -102,8 +102,9 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=[*_KEPT, README]))
     except Exception as error:  # the hub's client raises errors of many kinds: offline, unknown, gated, disk full
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"{hub_id}: cannot be downloaded ({reason}); check the name and the connection.") from None
+        raise UserError(
+            f"{hub_id}: cannot be downloaded ({reason(error)}); check the name and the connection."
+        ) from None
 
 
 def _read_gguf(path: Path, folder: Path, keep: bool) -> Provenance:
@@ -136,8 +137,9 @@ def _read_dense_gguf(path: Path, folder: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except (ValueError, KeyError, NotImplementedError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{path}: transformers cannot read it ({reason}); use the Hugging Face folder.") from None
+        raise UserError(
+            f"{path}: transformers cannot read it ({reason(error)}); use the Hugging Face folder."
+        ) from None
     model.hf_quantizer = None  # the weights are plain by now; with a quantizer transformers refuses to save them
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -152,8 +154,7 @@ def _checked_config(source: str, folder: Path, keep: bool) -> Any:
         if not sparse:
             check_dense(config)
     except Exception as error:  # impossible values make the library raise many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{source}: {CONFIG} cannot be used ({reason}).") from None
+        raise UserError(f"{source}: {CONFIG} cannot be used ({reason(error)}).") from None
     return config
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from turbosparse.errors import UserError
+from turbosparse.errors import UserError, reason
 
 _SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -211,8 +211,7 @@ def load_recipe(path: Path) -> Recipe:
     except OSError as error:
         raise UserError(f"{path}: cannot read the recipe ({error.strerror}); give the path of a YAML file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
-        first = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a YAML file ({first}); see recipes/ for examples") from None
+        raise UserError(f"{path}: not a YAML file ({reason(error)}); see recipes/ for examples") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a YAML mapping with model, output, data and stages; see recipes/")
     try:
@@ -224,6 +223,6 @@ def load_recipe(path: Path) -> Recipe:
         # A misspelt key is also a missing one: name what the user wrote.
         first_error = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
         key = ".".join(str(part) for part in first_error["loc"]) or "recipe"
-        reason = "unknown key; remove it" if first_error["type"] == "extra_forbidden" else first_error["msg"]
-        reason = reason.removeprefix("Value error, ")  # pydantic's word for what our own checks say
-        raise UserError(f"{path}: {key}: {reason}") from None
+        problem = "unknown key; remove it" if first_error["type"] == "extra_forbidden" else first_error["msg"]
+        problem = problem.removeprefix("Value error, ")  # pydantic's word for what our own checks say
+        raise UserError(f"{path}: {key}: {problem}") from None

@@ -211,7 +211,6 @@ def _check_fit(stage: Stage, model: Any) -> None:
 def _prepare(stage: Stage, model: Any, teacher: Any, probes: list[Tensor], dtype: torch.dtype | None) -> None:
     """What a stage does to the student before training, by a look at the first windows that it will train on."""
     device = probes[0].device
-    _check_fit(stage, model)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         if stage.sides:
             unused = allot_neurons(model, teacher, probes, dtype, stage.sides)
@@ -295,6 +294,7 @@ def _run_stage(
     device = arguments.device
     dtype = torch.bfloat16 if device.type == "cuda" else None  # fp32 master weights, bf16 matrix products
     model = load_model(checkpoint or source)  # the checkpoint's config may hold thresholds
+    _check_fit(stage, model)
     tokenizer = load_tokenizer(source)
     cache = Path(recipe.data.cache)
     with process.main_process_first():  # the others find the text tokenised
