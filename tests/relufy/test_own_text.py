@@ -68,18 +68,7 @@ def test_draws_have_the_probabilities_of_the_temperature(own_text: ModuleType) -
         torch.testing.assert_close(shares, torch.softmax(torch.tensor([0.0, 1.0, 2.0]) / heat, 0), rtol=0, atol=0.012)
 
 
-def test_records_are_documents_or_finished_turns(own_text: ModuleType) -> None:
-    def turn(role: str, text: str) -> str:
-        return f"<|im_start|>{role}\n{text}<|im_end|>\n"
-
-    both = turn("user", "Two and\ntwo?") + turn("assistant", "Four.")
-    (record,) = own_text.records(both + turn("user", "And three?") + "<|im_start|>assistant\nSi")
-    assert record["messages"] == [
-        {"role": "user", "content": "Two and\ntwo?"},
-        {"role": "assistant", "content": "Four."},
-    ]
-    assert list(own_text.records(turn("user", "No answer"))) == []
-    texts = [
-        record["text"] for record in own_text.records("One.<|endoftext|> \n<|endoftext|>Two<|endoftext|>Th<|im_end|>")
-    ]
-    assert texts == ["One.", "Two"]
+def test_records_are_documents_and_conversations_as_they_were_written(own_text: ModuleType) -> None:
+    chat = "<|im_start|>user\nTwo and\ntwo?<|im_end|>\n<|im_start|>assistant\nFo"
+    row = f"One.<|endoftext|> \n<|endoftext|>{chat}<|endoftext|>Th"
+    assert [record["text"] for record in own_text.records(row)] == ["One.", chat, "Th"]
