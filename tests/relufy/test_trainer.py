@@ -67,15 +67,15 @@ def test_stages_learn_and_log_loss_and_sparsity_per_domain(whole_run):
     assert len(config["activation_threshold"]) == 2 and min(config["activation_threshold"]) > 0
 
 
-def test_validation_equals_a_plain_forward_pass(folder, whole_run):
+def _assert_metrics_are_those_of_a_forward_pass(folder: Path, run: Path) -> None:
     """The reported cross-entropy and zeros, computed again through the model's own loss and a hook on h."""
     from transformers import AutoTokenizer
 
     from turbosparse.relufy.data import validation_windows
     from turbosparse.relufy.recipes import TextSource
 
-    model = AutoModelForCausalLM.from_pretrained(whole_run / "2-recover", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(whole_run / "2-recover")
+    model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run)
     windows = validation_windows(TextSource(domain="a", path=str(folder / "a.jsonl")), tokenizer, folder / "cache", 16)
     zeros, closed = [], []
     for layer in model.model.layers:
@@ -83,10 +83,14 @@ def test_validation_equals_a_plain_forward_pass(folder, whole_run):
         layer.mlp.gate_proj.register_forward_hook(lambda _m, _i, gate: closed.append((gate <= 0).float().mean()))
     with torch.no_grad():
         loss = model(windows, labels=windows).loss.item()
-    metrics = json.loads((whole_run / "2-recover" / "metrics.json").read_text())
+    metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["eval_a_ce"] == pytest.approx(loss, rel=1e-5)
     assert metrics["eval_a_sparsity_h"] == pytest.approx(torch.stack(zeros).mean().item(), abs=1e-6)
     assert metrics["eval_a_sparsity_gate"] == pytest.approx(torch.stack(closed).mean().item(), abs=1e-6)
+
+
+def test_validation_equals_a_plain_forward_pass(folder, whole_run):
+    _assert_metrics_are_those_of_a_forward_pass(folder, whole_run / "2-recover")
 
 
 @pytest.mark.parametrize("interrupted_step", [2, 7])
@@ -181,6 +185,17 @@ def test_a_dense_control_trains_with_the_same_code(folder):
     result = train_from_recipe(_recipe(folder, "control", model="dense", stages=stages))
     assert result["stages"]["adapt"]["eval_ce"] < np.log(64)
     assert "eval_sparsity_h" not in result["stages"]["adapt"]
+
+
+def test_ternary_gates_are_those_of_the_model_that_is_validated_and_saved(folder):
+    sizes = "tokens: 320, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2"
+    stages = f"\n - {{name: gates, objective: cross_entropy, {sizes}, ternary_gates: true, soft_slopes: true}}"
+    output = Path(train_from_recipe(_recipe(folder, "ternary", stages=stages))["output"])
+    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    for layer in model.model.layers:
+        for row in layer.mlp.gate_proj.weight:
+            assert len(row[row != 0].abs().unique()) == 1
+    _assert_metrics_are_those_of_a_forward_pass(folder, output)
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,7 @@ class Stage(_Strict):
     teacher: str | None = None
     sides: Literal["best", "one"] | None = Field(default=None, description="for a fresh dReLU swap: see allot.py")
     soft_slopes: bool = Field(default=False, description="of a sparse model: neurons that are off learn, see slopes.py")
+    ternary_gates: bool = Field(default=False, description="of a sparse model: 2 bits a weight, see ternary.py")
     predictability: Predictability | None = None
     distillation: Distillation | None = None
     eval_every: int | None = Field(default=None, gt=0, description="steps")

@@ -38,6 +38,7 @@ from turbosparse.relufy.recipes import Recipe, Stage, load_recipe
 from turbosparse.relufy.roles import settle_roles
 from turbosparse.relufy.schedule import learning_rate_share
 from turbosparse.relufy.slopes import use_soft_slopes
+from turbosparse.relufy.ternary import settle_ternary_gates, use_ternary_gates
 from turbosparse.relufy.threshold import set_thresholds
 from turbosparse.relufy.validate import mean_over_domains, validate
 
@@ -204,6 +205,10 @@ def _check_fit(stage: Stage, model: Any) -> None:
         raise UserError(
             f"stage {stage.name}: `sparsity` is for sparse models; convert the model first, or leave it out"
         )
+    if stage.ternary_gates and "dense" in kinds:
+        raise UserError(
+            f"stage {stage.name}: `ternary_gates` is for sparse models; convert the model first, or leave it out"
+        )
     if stage.sides and kinds != {"drelu"}:
         raise UserError(f"stage {stage.name}: `sides` is for dReLU models; leave it out, or convert with dReLU")
 
@@ -256,6 +261,8 @@ def _objective(
     compiled = recipe.compile and device.type == "cuda"
     if stage.soft_slopes:
         use_soft_slopes(model)
+    if stage.ternary_gates:
+        use_ternary_gates(model)
     if stage.objective == "layerwise":
         model.requires_grad_(False)
         for mlp in ffns(model):
@@ -328,7 +335,10 @@ def _run_stage(
     if trainer.state.global_step < arguments.max_steps:
         return None
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        settle_roles(model, probes, dtype)
+        if stage.ternary_gates:
+            settle_ternary_gates(model)  # and nothing trades places: what is cheap to read stays the gate
+        else:
+            settle_roles(model, probes, dtype)
     metrics = trainer.evaluate()
     if process.is_main_process:
         _finish(partial, folder, model, tokenizer, Path(source), metrics)
