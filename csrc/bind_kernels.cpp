@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "kernels/ternary.h"
 #include "memory.h"
 
 namespace nb = nanobind;
@@ -64,7 +65,7 @@ struct PackedMatrix {
   std::vector<float> largest;
   Matrix view;
 
-  PackedMatrix(const std::string& isa, int type, int64_t rows, int64_t cols, In<uint8_t, 1> source)
+  PackedMatrix(const std::string& isa, int type, int64_t rows, int64_t cols, In<uint8_t, 1> source, bool ternary)
       : kernels(kernels_of(isa)) {
     const auto weight = static_cast<WeightType>(type);
     const bool blocked = weight == WeightType::q4_0 || weight == WeightType::q8_0;
@@ -72,16 +73,31 @@ struct PackedMatrix {
             "no kernels for this ggml type");
     require(rows >= 0 && cols > 0 && rows < (1 << 30) && cols < (1 << 30), "rows or columns out of range");
     require(!blocked || cols % kBlock == 0, "columns of a blocked type must be a multiple of 32");
-    view = kernels.layout(weight, rows, cols, nullptr);
-    require(static_cast<int64_t>(source.size()) == rows * view.row_bytes, "source has the wrong number of bytes");
-    const auto bytes = static_cast<size_t>(kernels.packed_bytes(weight, rows, cols));
-    storage = Mapping(bytes);
-    view = kernels.layout(weight, rows, cols, storage.data());
-    kernels.pack(view, storage.data(), 0, rows, reinterpret_cast<const std::byte*>(source.data()));
+    const auto* bytes_of_rows = reinterpret_cast<const std::byte*>(source.data());
+    require(static_cast<int64_t>(source.size()) == rows * kernels.layout(weight, rows, cols, nullptr).row_bytes,
+            "source has the wrong number of bytes");
+    require(!ternary || (blocked && is_ternary(weight, rows, cols, bytes_of_rows)), "rows are not ternary");
+    const WeightType packed = ternary ? WeightType::ternary : weight;
+    storage = Mapping(static_cast<size_t>(kernels.packed_bytes(packed, rows, cols)));
+    view = kernels.layout(packed, rows, cols, storage.data());
+    if (ternary) {
+      pack_ternary(view, storage.data(), 0, rows, weight, bytes_of_rows);
+      return;
+    }
+    kernels.pack(view, storage.data(), 0, rows, bytes_of_rows);
     if (!blocked) return;
     largest.resize(static_cast<size_t>(rows));
     kernels.largest_scales(view, 0, rows, largest.data());
     view.largest = largest.data();
+  }
+
+  void check_not_ternary() const {
+    require(view.type != WeightType::ternary, "ternary rows multiply int8 vectors, nothing else");
+  }
+
+  void check_fits(const Vectors& x) const {
+    require(x.cols == view.cols, "matrix and vectors differ in columns");
+    if (!x.q) check_not_ternary();
   }
 
   void check_rows(In<int32_t, 1> rows) const {
@@ -137,7 +153,7 @@ struct PreparedVectors {
 };
 
 Out<float> dot(const PackedMatrix& w, const PreparedVectors& x, int64_t first, int64_t last) {
-  require(x.view.cols == w.view.cols, "matrix and vectors differ in columns");
+  w.check_fits(x.view);
   require(0 <= first && first <= last && last <= w.view.rows, "row range out of bounds");
   const auto rows = static_cast<size_t>(last - first);
   const auto count = static_cast<size_t>(x.view.count);
@@ -154,7 +170,7 @@ Out<float> dot(const PackedMatrix& w, const PreparedVectors& x, int64_t first, i
 }
 
 Out<float> dot_listed(const PackedMatrix& w, In<int32_t, 1> rows, const PreparedVectors& x, int64_t v) {
-  require(x.view.cols == w.view.cols, "matrix and vectors differ in columns");
+  w.check_fits(x.view);
   require(0 <= v && v < x.view.count, "vector out of range");
   w.check_rows(rows);
   auto out = std::make_unique<float[]>(rows.size());
@@ -168,6 +184,7 @@ Out<float> dot_listed(const PackedMatrix& w, In<int32_t, 1> rows, const Prepared
 void axpy_listed(const PackedMatrix& w, In<int32_t, 1> rows, In<float, 1> coefficient, InOut<float> y) {
   require(static_cast<int64_t>(y.size()) == w.view.cols, "y and matrix differ in columns");
   require(coefficient.size() == rows.size(), "one coefficient a listed row");
+  w.check_not_ternary();
   w.check_rows(rows);
   nb::gil_scoped_release release;
   w.kernels.axpy_listed(w.view, rows.data(), coefficient.data(), static_cast<int64_t>(rows.size()), y.data());
@@ -199,6 +216,7 @@ Out<float> sum_rows(const PackedMatrix& w, int64_t first, int64_t last, In<float
 
 Out<float> decode_row(const PackedMatrix& w, int64_t row) {
   require(0 <= row && row < w.view.rows, "row out of range");
+  w.check_not_ternary();
   const auto cols = static_cast<size_t>(w.view.cols);
   auto out = std::make_unique<float[]>(cols);
   w.kernels.decode_row(w.view, row, out.get());
@@ -253,8 +271,8 @@ void bind(nb::module_& module) {
   nb::module_ m = module.def_submodule("kernels", "The kernels of every instruction set, for tests and benchmarks.");
   m.def("available", available, "Instruction sets that this machine can run, best first.");
   nb::class_<PackedMatrix>(m, "Matrix")
-      .def(nb::init<const std::string&, int, int64_t, int64_t, In<uint8_t, 1>>(), "isa"_a, "type"_a, "rows"_a, "cols"_a,
-           "source"_a)
+      .def(nb::init<const std::string&, int, int64_t, int64_t, In<uint8_t, 1>, bool>(), "isa"_a, "type"_a, "rows"_a,
+           "cols"_a, "source"_a, "ternary"_a = false)
       .def_prop_ro("row_bytes", [](const PackedMatrix& w) { return w.view.row_bytes; })
       .def_prop_ro("rows", [](const PackedMatrix& w) { return w.view.rows; })
       .def_prop_ro("cols", [](const PackedMatrix& w) { return w.view.cols; })

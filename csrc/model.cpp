@@ -2,12 +2,14 @@
 #include "model.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
 
 #include "bandwidth.h"
+#include "kernels/ternary.h"
 
 namespace turbosparse {
 namespace {
@@ -29,6 +31,8 @@ int64_t source_row_bytes(WeightType type, int64_t cols) {
       return cols / kBlock * 34;
     case WeightType::q4_0:
       return cols / kBlock * 18;
+    case WeightType::ternary:
+      break;  // is in no file
   }
   return 0;
 }
@@ -110,18 +114,40 @@ void Model::set_matrix(const std::string& name, int64_t expert, WeightType type,
   if (has_blocks(type) && cols % kBlock != 0) fail("columns of " + name + " are not whole blocks");
   const int64_t row_bytes = source_row_bytes(type, cols);
   if (row_bytes <= 0 || bytes != static_cast<size_t>(row_bytes) * rows) fail("wrong number of bytes of " + name);
-  std::byte* storage = arena_.take(kernels_->packed_bytes(type, rows, cols));
-  *slot = kernels_->layout(type, rows, cols, storage);
+  const bool ternary = is_ternary_gate(name, type, rows, cols, source);
+  const WeightType packed = ternary ? WeightType::ternary : type;
+  std::byte* storage = arena_.take(kernels_->packed_bytes(packed, rows, cols));
+  *slot = kernels_->layout(packed, rows, cols, storage);
   const int64_t step = std::max<int64_t>(kPieceBytes / row_bytes, 1);
   for (int64_t begin = 0; begin < rows; begin += step) {
     team_.run([&](Member& member) {
       const auto [first, last] = member.part(std::min(step, rows - begin), 64);
-      if (first < last)
-        kernels_->pack(*slot, storage, begin + first, begin + last, source + (begin + first) * row_bytes);
+      if (first >= last) return;
+      const std::byte* part = source + (begin + first) * row_bytes;
+      if (ternary) {
+        pack_ternary(*slot, storage, begin + first, begin + last, type, part);
+      } else {
+        kernels_->pack(*slot, storage, begin + first, begin + last, part);
+      }
     });
     if (after_piece_) after_piece_();
   }
   if (has_blocks(type) && !exact_fp32_ && name.find(".ffn_down_t") != std::string::npos) find_largest_scales(*slot);
+}
+
+// Whether a gate holds three values a row and is packed as such: it is what exact mode reads most of. In fp32 it is
+// read as the file says.
+bool Model::is_ternary_gate(const std::string& name, WeightType type, int64_t rows, int64_t cols,
+                            const std::byte* source) {
+  const bool gate = name.find(".ffn_gate.") != std::string::npos || name.find(".ffn_gate_exps.") != std::string::npos;
+  if (!gate || !has_blocks(type) || exact_fp32_) return false;
+  if (!is_ternary(type, std::min<int64_t>(rows, 1), cols, source)) return false;  // most gates are none
+  std::atomic<bool> all = true;
+  team_.run([&](Member& member) {
+    const auto [first, last] = member.part(rows, 64);
+    if (!is_ternary(type, last - first, cols, source + first * source_row_bytes(type, cols))) all = false;
+  });
+  return all;
 }
 
 // What sums over neurons need (kernels/sums.h).

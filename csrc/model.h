@@ -118,7 +118,7 @@ class Model {
   const std::vector<double>& frequencies(bool sliding) const { return sliding ? local_frequencies_ : frequencies_; }
 
   // Inputs of products are worth a second int8 term: the weights lose less than one term would.
-  bool fine_inputs() const { return layers_[0].ffns[0].gate.type == WeightType::q8_0; }
+  bool fine_inputs() const { return layers_[0].ffns[0].up.type == WeightType::q8_0; }
 
   // What the predictor of each layer costs, in rows of gate for each neuron; 0 where there is none.
   std::vector<double> predictor_costs() const;
@@ -130,6 +130,7 @@ class Model {
 
  private:
   Matrix* matrix_slot(const std::string& name, int64_t expert, int64_t rows, int64_t cols);
+  bool is_ternary_gate(const std::string& name, WeightType type, int64_t rows, int64_t cols, const std::byte* source);
   void find_largest_scales(Matrix& down);
 
   Config config_;

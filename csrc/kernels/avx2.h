@@ -92,12 +92,14 @@ struct Avx2 {
   // First `kCount` bytes; the rest is zero.
   template <int kCount>
   static I load_bytes(const std::byte* p) {
-    static_assert(kCount == 32 || kCount == 16);
+    static_assert(kCount == 32 || kCount == 16 || kCount == 8);
     if constexpr (kCount == 32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (kCount == 8) return _mm256_zextsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static I low_nibbles(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
   static I high_nibbles(I x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
+  static I bit_pairs(I x, int plane) { return _mm256_and_si256(_mm256_srli_epi16(x, 2 * plane), _mm256_set1_epi8(3)); }
   static I dot_nibbles(I sum, I w, I q) {  // pairs stay below 2 * 15 * 127
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, q), _mm256_set1_epi16(1)));
   }

@@ -90,13 +90,17 @@ struct Avx512 {
   // First `kCount` bytes; the rest is zero.
   template <int kCount>
   static I load_bytes(const std::byte* p) {
-    static_assert(kCount == 64 || kCount == 32 || kCount == 16);
+    static_assert(kCount == 64 || kCount == 32 || kCount == 16 || kCount == 8);
     if constexpr (kCount == 64) return _mm512_loadu_si512(p);
+    if constexpr (kCount == 8) return _mm512_zextsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     if constexpr (kCount == 32) return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_zextsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static I low_nibbles(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
   static I high_nibbles(I x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+  static I bit_pairs(I x, unsigned plane) {
+    return _mm512_and_si512(_mm512_srli_epi16(x, 2 * plane), _mm512_set1_epi8(3));
+  }
   static I dot_nibbles(I sum, I w, I q) { return _mm512_dpbusd_epi32(sum, w, q); }
   static I dot_bytes(I sum, I w, I q) { return _mm512_dpbusd_epi32(sum, w, q); }
   static F to_float(I x) { return _mm512_cvtepi32_ps(x); }

@@ -67,11 +67,16 @@ Group group_of(int64_t block, int64_t blocks) {
 // The quants of block `block` of a row, in the order of columns.
 void decode_block(WeightType type, const std::byte* row, int64_t blocks, int64_t block, int32_t* q) {
   const Group group = group_of(block, blocks);
-  const std::byte* values = row + group.begin * scaled_block_bytes(type) + group.size * kScaleBytes;
+  const std::byte* values =
+      row + head_bytes(type) + group.begin * scaled_block_bytes(type) + group.size * scale_bytes(type);
   for (int64_t i = 0; i < block_bytes(type); ++i) {
     const int32_t byte = std::to_integer<int32_t>(values[byte_in_group(group.size, block - group.begin, i)]);
     if (type == WeightType::q8_0) {
       q[i] = byte - static_cast<int32_t>(kQ8Offset);
+    } else if (type == WeightType::ternary) {
+      for (int64_t plane = 0; plane < 4; ++plane) {
+        q[i + 8 * plane] = ((byte >> 2 * plane) & 3) - static_cast<int32_t>(kTernaryOffset);
+      }
     } else {
       q[i] = (byte & 15) - static_cast<int32_t>(kQ4Offset);
       q[i + kBlock / 2] = (byte >> 4) - static_cast<int32_t>(kQ4Offset);
@@ -80,6 +85,7 @@ void decode_block(WeightType type, const std::byte* row, int64_t blocks, int64_t
 }
 
 float block_scale(WeightType type, const std::byte* row, int64_t blocks, int64_t block) {
+  if (type == WeightType::ternary) return read<float>(row, 0);
   const Group group = group_of(block, blocks);
   return f16_to_f32(read<uint16_t>(row + group.begin * scaled_block_bytes(type), block - group.begin));
 }

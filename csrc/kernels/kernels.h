@@ -11,10 +11,11 @@
 
 namespace turbosparse {
 
-// The numbers are ggml's, so that a GGUF type converts by a cast.
-enum class WeightType : int { f32 = 0, f16 = 1, q4_0 = 2, q8_0 = 8, bf16 = 30 };
+// The numbers are ggml's, so that a GGUF type converts by a cast. `ternary` is no type of a file: it is what rows of
+// q4_0 or q8_0 become that hold -s, 0 and s alone, one s a row (ternary.h). It multiplies int8 vectors, nothing else.
+enum class WeightType : int { f32 = 0, f16 = 1, q4_0 = 2, q8_0 = 8, bf16 = 30, ternary = 1000 };
 
-// Quantised types hold blocks of 32 consecutive columns under one scale.
+// Quantised types hold blocks of 32 consecutive columns, which share a scale.
 inline constexpr int64_t kBlock = 32;
 
 // A weight matrix [rows, cols] in the layout that kernels of `isa` read, made by Kernels::pack. A row is one run of

@@ -91,11 +91,18 @@ struct Neon {
 
   template <int kCount>
   static I load_bytes(const std::byte* p) {
-    static_assert(kCount == 16);
+    static_assert(kCount == 16 || kCount == 8);
+    if constexpr (kCount == 8) {
+      return vreinterpretq_s32_u8(vcombine_u8(vld1_u8(reinterpret_cast<const uint8_t*>(p)), vdup_n_u8(0)));
+    }
     return vreinterpretq_s32_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(p)));
   }
   static I low_nibbles(I x) { return vandq_s32(x, vdupq_n_s32(0x0f0f0f0f)); }
   static I high_nibbles(I x) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), 4)); }
+  static I bit_pairs(I x, int plane) {
+    const uint8x16_t shifted = vshlq_u8(vreinterpretq_u8_s32(x), vdupq_n_s8(static_cast<int8_t>(-2 * plane)));
+    return vreinterpretq_s32_u8(vandq_u8(shifted, vdupq_n_u8(3)));
+  }
   static I dot_nibbles(I sum, I w, I q) { return vdotq_s32(sum, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(q)); }
   static I dot_bytes(I sum, I w, I q) {
     return dot_nibbles(sum, veorq_s32(w, vdupq_n_s32(static_cast<int32_t>(0x80808080u))), q);

@@ -12,14 +12,14 @@ namespace {
 constexpr int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 constexpr int64_t row_bytes(WeightType type, int64_t cols) {
-  if (is_blocked(type)) return cols / kBlock * scaled_block_bytes(type);
+  if (is_blocked(type)) return head_bytes(type) + cols / kBlock * scaled_block_bytes(type);
   return cols * (type == WeightType::f32 ? 4 : 2);
 }
 
 // ggml's block: a float16 scale, then the quants.
 template <WeightType kType>
 void pack_row(int64_t blocks, const std::byte* source, std::byte* row) {
-  constexpr int64_t kBytes = block_bytes(kType);
+  constexpr int64_t kBytes = block_bytes(kType), kScaleBytes = scale_bytes(kType);
   constexpr uint32_t kFlip = kType == WeightType::q8_0 ? 0x80808080 : 0;  // adds 128 to each of four signed bytes
   for (int64_t begin = 0; begin < blocks;) {
     const int64_t group = group_size(blocks - begin);
@@ -76,7 +76,7 @@ void largest_scales(const Matrix& w, int64_t first, int64_t last, float* out) {
       const std::byte* scales = w.values + r * w.row_bytes + begin * scaled_block_bytes(w.type);
       for (int64_t b = 0; b < group; ++b) {
         uint16_t half;
-        std::memcpy(&half, scales + b * kScaleBytes, kScaleBytes);
+        std::memcpy(&half, scales + b * sizeof(half), sizeof(half));
         largest = std::max<uint16_t>(largest, half & 0x7fffu);
       }
       begin += group;

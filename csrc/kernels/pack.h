@@ -8,6 +8,8 @@
 //
 //     dword d of block b of a group of g lies at 4 * (d * g + b) behind the scales
 //
+// A row of ternary begins with its one scale, a float; its groups have no other. A block is 8 bytes, 2 dwords.
+//
 // Everything is read in the order in which it lies: with the scales elsewhere, a stream of its own in the same pages
 // took a third of the speed of reading from memory.
 //
@@ -17,7 +19,8 @@
 // same order.
 //
 // q4_0 keeps ggml's nibbles: byte i of a block holds column i in its low half and column 16 + i in its high half, with
-// 8 added. q8_0 gets 128 added, since integer dot products multiply an unsigned with a signed byte.
+// 8 added. Byte i of a ternary block holds columns i, 8 + i, 16 + i and 24 + i, lowest bits first, with 1 added. q8_0
+// gets 128 added, since integer dot products multiply an unsigned with a signed byte.
 #pragma once
 
 #include "kernels.h"
@@ -27,6 +30,7 @@ namespace turbosparse {
 inline constexpr int64_t kGroup = 16;  // blocks
 inline constexpr int64_t kQ4Offset = 8;
 inline constexpr int64_t kQ8Offset = 128;
+inline constexpr int64_t kTernaryOffset = 1;
 
 int64_t packed_bytes(WeightType type, int64_t rows, int64_t cols);
 Matrix layout(WeightType type, int64_t rows, int64_t cols, const std::byte* storage);
@@ -36,13 +40,19 @@ void largest_scales(const Matrix& w, int64_t first, int64_t last, float* out);
 // The functions below have internal linkage: each instruction set compiles its own copy, and no linker can hand the
 // generic kernels one that was compiled for a larger machine.
 
-static constexpr bool is_blocked(WeightType type) { return type == WeightType::q4_0 || type == WeightType::q8_0; }
+static constexpr bool is_blocked(WeightType type) {
+  return type == WeightType::q4_0 || type == WeightType::q8_0 || type == WeightType::ternary;
+}
 
-inline constexpr int64_t kScaleBytes = 2;  // float16
+// Bytes before the first group of a row, and of a block's scale, a float16.
+static constexpr int64_t head_bytes(WeightType type) { return type == WeightType::ternary ? 4 : 0; }
+static constexpr int64_t scale_bytes(WeightType type) { return type == WeightType::ternary ? 0 : 2; }
 
 // Bytes of 32 columns of a blocked type without their scale, and with it.
-static constexpr int64_t block_bytes(WeightType type) { return type == WeightType::q4_0 ? kBlock / 2 : kBlock; }
-static constexpr int64_t scaled_block_bytes(WeightType type) { return kScaleBytes + block_bytes(type); }
+static constexpr int64_t block_bytes(WeightType type) {
+  return type == WeightType::ternary ? kBlock / 4 : type == WeightType::q4_0 ? kBlock / 2 : kBlock;
+}
+static constexpr int64_t scaled_block_bytes(WeightType type) { return scale_bytes(type) + block_bytes(type); }
 
 // Blocks of the group that begins where `left` blocks of the row are left: 16, or the largest power of two that fits.
 [[maybe_unused]] static constexpr int64_t group_size(int64_t left) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Dot products of blocked rows (q4_0, q8_0), in the words of an instruction set S. pack.h explains the layout.
+// Dot products of blocked rows (q4_0, q8_0, ternary), in the words of an instruction set S. pack.h explains the layout.
 #pragma once
 
 #include <new>
@@ -24,7 +24,9 @@ static inline Quants quants_of(const Vectors& x, int term, int64_t v) {
 
 // What undoes the offset of a type's unsigned quants: -bias times the sum of the activations of a block.
 template <class S, WeightType kType>
-inline constexpr int64_t kBias = kType == WeightType::q4_0 ? S::kQ4Bias : S::kQ8Bias;
+inline constexpr int64_t kBias = kType == WeightType::ternary ? kTernaryOffset
+                                 : kType == WeightType::q4_0  ? S::kQ4Bias
+                                                              : S::kQ8Bias;
 
 // Int8 vectors for BlockDot: N of kTerms terms each, the terms of a vector side by side. One vector is read where it
 // is.
@@ -107,7 +109,8 @@ struct BlockDot {
   static constexpr int kWideRows = S::kWideRows;
   static constexpr int kVectors = S::kVectors;
   static constexpr int64_t kInputBytes = kTerms * (kBlock + 8);  // quants, scale, offset
-  static constexpr bool kNibbles = kType == WeightType::q4_0;
+  static constexpr int kPlanes = kBlock / block_bytes(kType);    // quants in a byte
+  static constexpr bool kTall = kType == WeightType::ternary;
   template <int N>
   using Input = QuantVectors<S, kType, N, kTerms>;
 
@@ -157,23 +160,28 @@ struct BlockDot {
     I raw[R];
     TS_UNROLL for (int r = 0; r < R; ++r) raw[r] = Shape::load(rows.values[r], block, part, i);
     const int64_t place = 4 * (part * S::kLanes + i * Shape::kStep);
-    TS_UNROLL for (int half = 0; half < (kNibbles ? 2 : 1); ++half) {
+    TS_UNROLL for (int plane = 0; plane < kPlanes; ++plane) {
       I quants[R];
-      TS_UNROLL for (int r = 0; r < R; ++r) {
-        quants[r] = !kNibbles ? raw[r] : half == 0 ? S::low_nibbles(raw[r]) : S::high_nibbles(raw[r]);
-      }
+      TS_UNROLL for (int r = 0; r < R; ++r) quants[r] = quants_of_plane(raw[r], plane);
       TS_UNROLL for (int n = 0; n < N; ++n) {
-        const std::byte* q = input.template quants<G>(block, n * kTerms + t) + place + 16 * G * half;
+        const std::byte* q = input.template quants<G>(block, n * kTerms + t) + place + kBlock / kPlanes * G * plane;
         const I activation = S::template load_bytes<4 * Shape::kWidth>(q);
         TS_UNROLL for (int r = 0; r < R; ++r) {
-          if constexpr (kNibbles) {
-            sum[r][n] = S::dot_nibbles(sum[r][n], quants[r], activation);
-          } else {
+          if constexpr (kPlanes == 1) {
             sum[r][n] = S::dot_bytes(sum[r][n], quants[r], activation);
+          } else {
+            sum[r][n] = S::dot_nibbles(sum[r][n], quants[r], activation);
           }
         }
       }
     }
+  }
+
+  // Those bits of each byte that are one of its quants.
+  static TS_INLINE I quants_of_plane(I raw, int plane) {
+    if constexpr (kPlanes == 1) return raw;
+    if constexpr (kPlanes == 2) return plane == 0 ? S::low_nibbles(raw) : S::high_nibbles(raw);
+    return S::bit_pairs(raw, plane);
   }
 };
 

@@ -136,6 +136,10 @@ static void dot_rows(const Matrix& w, int64_t first, int64_t last, const typenam
   if constexpr (R > 1) dot_rows<Tile, 1, N>(w, row, last, input, out, stride);
 }
 
+// Whether rows are so short in bytes that summing the lanes of one costs more than reading it: then four share the work.
+template <class Tile>
+inline constexpr bool sums_tall = requires { requires Tile::kTall; };
+
 // Rows [first, last) times N vectors from v on.
 template <class Tile, int N>
 static void dot_vectors(const Matrix& w, int64_t first, int64_t last, const Vectors& x, int64_t v, float* out,
@@ -149,7 +153,7 @@ static void dot_vectors(const Matrix& w, int64_t first, int64_t last, const Vect
     }
   }
   if constexpr (N == 1) {
-    if (w.cols / kBlock * Tile::kInputBytes <= kFirstLevelBytes) {
+    if (!sums_tall<Tile> && w.cols / kBlock * Tile::kInputBytes <= kFirstLevelBytes) {
       dot_rows<Tile, 1, N>(w, first, last, input, out, stride);
     } else {
       dot_rows<Tile, kTallRows, N>(w, first, last, input, out, stride);

@@ -47,13 +47,18 @@ struct Group {
   static constexpr int kBits = 32 / kWeights;
   static constexpr int kLow = 20 / kBits;  // weights that lie within the mantissa of a float of 2^23
   static constexpr int32_t kOffset = kType == WeightType::q4_0 ? kQ4Offset : kQ8Offset;
+  static constexpr int64_t kScaleBytes = scale_bytes(kType);
 
   static TS_INLINE typename S::I load(const std::byte* row, int64_t block, int part, int i) {
-    const std::byte* dwords = row + block * scaled_block_bytes(kType) + G * kScaleBytes;
+    const std::byte* dwords = row + head_bytes(kType) + block * scaled_block_bytes(kType) + G * kScaleBytes;
     return S::template load_bytes<4 * kWidth>(dwords + 4 * (part * kLanes + i * kStep));
   }
   static TS_INLINE typename S::F scales(const std::byte* row, int64_t block, int part) {
-    return S::template repeat_f16<kScales>(row + block * scaled_block_bytes(kType) + kScaleBytes * part * kLanes);
+    if constexpr (kType == WeightType::ternary) {
+      return S::template repeat<1>(reinterpret_cast<const float*>(row));
+    } else {
+      return S::template repeat_f16<kScales>(row + block * scaled_block_bytes(kType) + kScaleBytes * part * kLanes);
+    }
   }
   // Where weight k of load i lies in lane order.
   static constexpr int lane(int part, int i, int k) { return k * kDwords * G + i * kStep + part * kLanes; }

@@ -24,12 +24,18 @@ static void with_type(WeightType type, Call f) {
       return f.template operator()<WeightType::q4_0>();
     case WeightType::q8_0:
       return f.template operator()<WeightType::q8_0>();
+    case WeightType::ternary:
+      return;  // multiplies int8 vectors only
   }
 }
 
 // Calls f with the tile that multiplies `w` with `x`.
 template <class S, class Call>
 static void with_tile(const Matrix& w, const Vectors& x, Call f) {
+  if (w.type == WeightType::ternary) {
+    if (x.rest) return f.template operator()<BlockDot<S, WeightType::ternary, 2>>();
+    return f.template operator()<BlockDot<S, WeightType::ternary, 1>>();
+  }
   with_type(w.type, [&]<WeightType kType>() {
     if constexpr (!is_blocked(kType)) {
       f.template operator()<PlainDot<S, kType>>();

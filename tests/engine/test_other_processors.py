@@ -31,7 +31,9 @@ def test_the_engine_compiles_for_arm():
 @pytest.mark.parametrize("build", [("-O2",), CHECKED], ids=["optimised", "checked"])
 def test_neon_agrees_with_generic(tmp_path, build):
     """Compile NEON for ARM and compare every kernel of its table with the generic one, at odd sizes."""
-    sources = [ROOT / "csrc/kernels" / f"{name}.cpp" for name in ("neon", "generic", "pack", "sums", "dispatch")]
+    sources = [
+        ROOT / "csrc/kernels" / f"{name}.cpp" for name in ("neon", "generic", "pack", "ternary", "sums", "dispatch")
+    ]
     program = tmp_path / "kernels_agree"
     inputs = (*sources, ROOT / "tests/native/kernels_agree.cpp")
     command = (COMPILER, *FLAGS, *build, "-march=armv8.2-a+dotprod", *inputs, "-static", "-o", program)

@@ -15,7 +15,7 @@ from turbosparse.model.quantize import dequantize
 from turbosparse.model.shapes import SHAPES, shape_config
 from turbosparse.model.synthetic import Rates, measure_rates, rates_for, write_synthetic
 from turbosparse.model.synthetic_predictor import Prediction, predictor_ranks
-from turbosparse.model.synthetic_rows import Rows, minus_ones, random_rows
+from turbosparse.model.synthetic_rows import Rows, few_levels, random_rows
 
 
 def decode(engine: Engine, count: int, mode: str) -> list[int]:
@@ -160,9 +160,26 @@ def test_impossible_predictors(values):
 
 
 @pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q8_0, Type.F16, Type.F32])
-def test_minus_ones_are_exact(kind):
-    values = -(np.random.default_rng(0).random((9, 64)) < 0.1).astype(np.float32)
-    np.testing.assert_array_equal(dequantize(minus_ones(values, kind).ravel(), kind, values.shape), values)
+def test_few_levels_are_exact(kind):
+    levels = np.random.default_rng(0).integers(-1, 2, (9, 64), dtype=np.int8)
+    for scale in (1.0, 0.25):
+        values = dequantize(few_levels(levels, scale, kind).ravel(), kind, levels.shape)
+        np.testing.assert_array_equal(values, scale * levels)
+
+
+@pytest.mark.parametrize("quant", ["q4_0", "q8_0"])
+def test_ternary_gates_open_as_often_and_are_read_with_two_bits(tmp_path, quant):
+    config, rates = shape_config("smollm2-135m", "drelu", layers=2), rates_for(0.9, 0.25)
+    write_synthetic(tmp_path / "plain", "m", config, rates, quant)
+    write_synthetic(tmp_path / "ternary", "m", config, rates, quant, ternary_gates=True)
+    measured = measure_rates(tmp_path / "ternary")
+    for name in ("gate", "up", "h"):
+        assert getattr(measured, name) == pytest.approx(getattr(rates, name), abs=0.015)
+    sizes = [Engine.load(tmp_path / name).weight_bytes for name in ("plain", "ternary")]
+    bits = {"q4_0": 4.5, "q8_0": 8.5}[quant]
+    assert sizes[0] - sizes[1] == 2 * 1536 * (576 * (bits - 2) / 8 - 4)
+    with pytest.raises(UserError, match="--predictor-share 0"):
+        write_synthetic(tmp_path / "both", "m", config, rates, quant, prediction=Prediction(), ternary_gates=True)
 
 
 def test_the_dense_twin_is_a_plain_swiglu_file(tmp_path):

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "kernels/ternary.h"
 
 using namespace turbosparse;
 
@@ -56,6 +57,10 @@ struct Packed {
     const auto start = reinterpret_cast<uintptr_t>(storage.data());
     std::byte* aligned = storage.data() + (64 - start % 64) % 64;
     view = k.layout(type, rows, cols, aligned);
+    if (type == WeightType::ternary) {
+      pack_ternary(view, aligned, 0, rows, WeightType::q8_0, source.data());
+      return;
+    }
     k.pack(view, aligned, 0, rows, source.data());
     if (type != WeightType::q4_0 && type != WeightType::q8_0) return;
     largest.resize(rows);
@@ -203,6 +208,17 @@ void compare(const Kernels& k, const Kernels& g, WeightType type, int64_t rows, 
   }
 }
 
+void compare_ternary(const Kernels& k, const Kernels& g, int64_t rows, int64_t cols) {
+  auto source = random_rows(WeightType::q8_0, rows, cols);
+  for (int64_t at = 0; at < static_cast<int64_t>(source.size()); ++at) {
+    if (at % 34 == 1) source[at] = std::byte{0x21};  // of the scale: one a row
+    if (at % 34 == 0) source[at] = static_cast<std::byte>(at / (cols / kBlock * 34));
+    if (at % 34 > 1) source[at] = static_cast<std::byte>(static_cast<int>(rng() % 3) * 127 - 127);
+  }
+  if (!is_ternary(WeightType::q8_0, rows, cols, source.data())) ++failures, std::printf("ternary rows not seen\n");
+  compare_dots(Pair(k, g, WeightType::ternary, rows, cols, source), true);
+}
+
 // Every quant and every level as large as can be: before the offset is taken back, sums leave int32.
 void compare_largest_sums(const Kernels& k, const Kernels& g, WeightType type, int64_t rows) {
   const int64_t cols = 96;
@@ -276,6 +292,9 @@ int main() {
       }
       for (const int64_t rows : {1, 448, 896, 7168}) compare_largest_sums(*tables[i], generic, type, rows);
       compare_odd_coefficients(*tables[i], generic, type);
+    }
+    for (const int64_t cols : {32, 64, 96, 160, 576, 992, 4128}) {
+      for (const int64_t rows : {1, 5, 33}) compare_ternary(*tables[i], generic, rows, cols);
     }
     for (const WeightType type : {WeightType::f32, WeightType::f16, WeightType::bf16}) {
       for (const int64_t cols : {1, 3, 7, 16, 33, 64, 130}) compare(*tables[i], generic, type, 9, cols);

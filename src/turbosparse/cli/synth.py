@@ -31,6 +31,9 @@ def command(
     predictor_share: Annotated[
         float, typer.Option("--predictor-share", help="Bytes of the predictors over those of the FFNs; 0: none.")
     ] = 0.06,
+    ternary_gates: Annotated[
+        bool, typer.Option("--ternary-gates", help="Gates of three values a row; with --predictor-share 0.")
+    ] = False,
     activation: Annotated[
         SyntheticActivation, typer.Option("--activation", help="swiglu: the dense twin, in llama.cpp's layout.")
     ] = SyntheticActivation.drelu,
@@ -48,7 +51,7 @@ def command(
     rates = rates_for(sparsity, gate_rate)
     prediction = Prediction(selected, predictor_share) if config.sparse and predictor_share != 0 else None
     with output.progress(f"writing {out.name}") as report:
-        file_bytes = write_synthetic(out, shape, config, rates, quant.value, seed, report, prediction)
+        file_bytes = write_synthetic(out, shape, config, rates, quant.value, seed, report, prediction, ternary_gates)
     measured = measure_rates(out)
     predictor = describe(str(out))["predictor"]
     record = {
@@ -57,6 +60,7 @@ def command(
         "activation": activation.value,
         "layers": config.n_layers,
         "quant": quant.value,
+        "ternary_gates": ternary_gates,
         "file_bytes": file_bytes,
         "measured": {
             "gate_rate": measured.gate,

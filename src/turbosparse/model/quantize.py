@@ -124,7 +124,8 @@ def _encode_q4_0(blocks: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
     llama.cpp puts the entry of largest magnitude on the level -8. That keeps one entry exact and is not the scale of
     least squared error. Here every block tries a few levels for that entry, takes the least-squares scale of the
-    rounding that each gives, d = <w, q> / <q, q>, and keeps the one with the smallest error.
+    rounding that each gives, d = <w, q> / <q, q>, and keeps the one with the smallest error. A block that holds -s, 0
+    and s alone gets d = s: a row of such blocks has one scale, which the engine looks for (csrc/kernels/ternary.h).
     """
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
     # Blocks far below half precision's smallest number become zero; their inverse would overflow.
@@ -143,6 +144,9 @@ def _encode_q4_0(blocks: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
         best_gain[better] = gain[better]
         scale[better] = np.divide(product, energy, out=np.zeros_like(energy), where=energy > 0)[better]
         levels[better] = candidate[better]
+    size = np.abs(extreme)
+    three = ((blocks == 0) | (np.abs(blocks) == size)).all(axis=1) & (size[:, 0] <= np.finfo(np.float16).max)
+    scale[three], levels[three] = size[three, 0], np.sign(blocks[three])
     nibbles = (levels + 8).astype(np.uint8)
     packed = nibbles[:, :16] | (nibbles[:, 16:] << 4)
     return np.concatenate([scale.astype(np.float16)[:, None].view(np.uint8), packed], axis=1)

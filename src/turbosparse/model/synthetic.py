@@ -87,6 +87,7 @@ def write_synthetic(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     prediction: Prediction | None = None,
+    ternary_gates: bool = False,
 ) -> int:
     """Write a model with random weights as GGUF, replacing a file that is there.
 
@@ -99,6 +100,7 @@ def write_synthetic(
         seed: of the weights.
         progress: called with (weights done, weights in all).
         prediction: of the predictors; None: the file holds none.
+        ternary_gates: gates of three values, as relufy/ternary.py trains them; not beside predictors.
 
     Returns:
         the size of the file in bytes.
@@ -108,7 +110,9 @@ def write_synthetic(
     """
     if quant not in QUANTS:
         raise UserError(f"--quant {quant[:40]}: choose one of {', '.join(QUANTS)}.")
-    model = _Model(config, rates, quant, seed, prediction)
+    if ternary_gates and prediction is not None:
+        raise UserError("--ternary-gates needs no predictors: add --predictor-share 0.")
+    model = _Model(config, rates, quant, seed, prediction, ternary_gates)
     with replacing(out) as partial:
         writer = GGUFWriter(partial, architecture_of(config))
         try:
@@ -157,8 +161,16 @@ def measure_rates(path: str | os.PathLike[str], tokens: int = 256, neurons: int 
 class _Model:
     """The weights, drawn tensor by tensor and in each a few rows at a time."""
 
-    def __init__(self, config: ModelConfig, rates: Rates, quant: str, seed: int, prediction: Prediction | None) -> None:
-        self._rates, self._quant, self._seed = rates, quant, seed
+    def __init__(
+        self,
+        config: ModelConfig,
+        rates: Rates,
+        quant: str,
+        seed: int,
+        prediction: Prediction | None,
+        ternary_gates: bool,
+    ) -> None:
+        self._rates, self._quant, self._seed, self._ternary_gates = rates, quant, seed, ternary_gates
         self._rng = np.random.Generator(np.random.SFC64(seed))
         self.config = config
         self._directions: tuple[int, list[Directions]] | None = None  # the last layer's that was asked for
@@ -193,7 +205,10 @@ class _Model:
             if part == "fc2":
                 return directions.fc2(start, stop, kind)
             return directions.neurons(part.removeprefix("ffn_"), start, stop)
-        return random_rows(self._rng, (stop - start, spec.shape[-1]), kind, _statistics(spec, self.config, self._rates))
+        statistics = _statistics(spec, self.config, self._rates)
+        if self._ternary_gates and part == "ffn_gate":
+            statistics = dataclasses.replace(statistics, ternary=True)
+        return random_rows(self._rng, (stop - start, spec.shape[-1]), kind, statistics)
 
     def _directions_of(self, layer: int) -> list[Directions]:
         """Of its FFNs. Made anew for each layer, from seeds of its own: all together are as large as the predictors."""

@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType as Type
 from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig
 from turbosparse.model.quantize import dequantize
-from turbosparse.model.synthetic_rows import Rows, minus_ones, random_rows
+from turbosparse.model.synthetic_rows import Rows, few_levels, random_rows
 
 _RANKS = 32  # the width of a predictor is a multiple of this, so that rows of fc2 are whole blocks
 _NOISE = 0.005  # share of a neuron's weights that are its own: moves a gate by sqrt(2 * 0.005) = 0.1 of its spread
@@ -94,11 +94,11 @@ class Directions:
 
     def fc2(self, start: int, stop: int, kind: Type) -> npt.NDArray[np.uint8]:
         """Rows of some neurons: -1 where its two directions are."""
-        rows = np.zeros((stop - start, 2 * self._half), np.float32)
+        rows = np.zeros((stop - start, 2 * self._half), np.int8)
         every = np.arange(stop - start)
-        rows[every, self._chosen["gate"][start:stop]] = -1.0
-        rows[every, self._half + self._chosen["up"][start:stop]] = -1.0
-        return minus_ones(rows, kind)
+        rows[every, self._chosen["gate"][start:stop]] = -1
+        rows[every, self._half + self._chosen["up"][start:stop]] = -1
+        return few_levels(rows, 1.0, kind)
 
     def threshold(self, x: npt.NDArray[np.float32], selected: float) -> float:
         """The score that selects `selected` times as many neurons as fire; x are inputs, float32 [tokens, columns]."""

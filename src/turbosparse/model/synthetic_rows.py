@@ -23,10 +23,12 @@ class Rows:
         spread: standard deviation of the weights.
         offset: mean of the first weight of every block of 32 columns; those weights are it, rounded up or down to a
             level at random. None: they are like the others.
+        ternary: whether a weight is one of three levels, -1, 0 and 1, instead of as many as the type has.
     """
 
     spread: float
     offset: float | None = None
+    ternary: bool = False
 
 
 def random_rows(rng: np.random.Generator, shape: tuple[int, ...], kind: Type, of: Rows) -> npt.NDArray[np.uint8]:
@@ -37,6 +39,13 @@ def random_rows(rng: np.random.Generator, shape: tuple[int, ...], kind: Type, of
         of: their statistics.
     """
     rows, columns = shape
+    if of.ternary:
+        step = of.spread / math.sqrt(2 / 3)
+        levels = rng.integers(-1, 2, size=(rows, columns), dtype=np.int8)
+        if of.offset is not None:
+            mean = of.offset / step + rng.random((rows, columns // BLOCK), np.float32)
+            levels[:, ::BLOCK] = np.clip(np.floor(mean), -1, 1)
+        return few_levels(levels, step, kind)
     if kind not in _LEVELS:
         values = (rng.random(shape, np.float32) * 2 - 1) * np.float32(math.sqrt(3) * of.spread)
         if of.offset is not None:
@@ -62,19 +71,18 @@ def random_rows(rng: np.random.Generator, shape: tuple[int, ...], kind: Type, of
     return out.reshape(rows, -1)
 
 
-def minus_ones(values: npt.NDArray[np.float32], kind: Type) -> npt.NDArray[np.uint8]:
-    """Rows of zeros and minus ones in the storage of `kind`, exactly; float32 [rows, columns] to uint8."""
-    rows, columns = values.shape
+def few_levels(levels: npt.NDArray[np.int8], scale: float, kind: Type) -> npt.NDArray[np.uint8]:
+    """Rows of -scale, 0 and scale in the storage of `kind`; int8 [rows, columns] of -1, 0 and 1 to uint8."""
+    rows, columns = levels.shape
     if kind not in _LEVELS:
-        return values.astype(_FLOATS[kind]).view(np.uint8).reshape(rows, -1)
-    highest = 8 if kind is Type.Q4_0 else 64
-    out, payload = _blocks(rows * columns // BLOCK, kind, 1.0 / highest)
-    levels = (values.reshape(-1, BLOCK) * highest).astype(np.int8)
+        return (levels * np.float32(scale)).astype(_FLOATS[kind]).view(np.uint8).reshape(rows, -1)
+    out, payload = _blocks(rows * columns // BLOCK, kind, scale)
+    blocks = levels.reshape(-1, BLOCK)
     if kind is Type.Q4_0:
-        nibbles = (levels + 8).astype(np.uint8)
+        nibbles = (blocks + 8).astype(np.uint8)
         payload[:] = nibbles[:, :16] | nibbles[:, 16:] << 4
     else:
-        payload[:] = levels.view(np.uint8)
+        payload[:] = blocks.view(np.uint8)
     return out.reshape(rows, -1)
 
 
