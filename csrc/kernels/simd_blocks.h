@@ -159,6 +159,9 @@ struct BlockDot {
     using Shape = Group<S, kType, G>;
     I raw[R];
     TS_UNROLL for (int r = 0; r < R; ++r) raw[r] = Shape::load(rows.values[r], block, part, i);
+    if constexpr (kPlanes > 2) {
+      TS_UNROLL for (int r = 0; r < R; ++r) keep_in_register(raw[r]);
+    }
     const int64_t place = 4 * (part * S::kLanes + i * Shape::kStep);
     TS_UNROLL for (int plane = 0; plane < kPlanes; ++plane) {
       I quants[R];

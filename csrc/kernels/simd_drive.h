@@ -41,6 +41,16 @@ inline constexpr int64_t kFirstLevelBytes = 30 * 1024;  // of a vector that the 
 inline constexpr int64_t kLongRow = 1024;               // bytes
 inline constexpr int64_t kBlockBytes = 640 * 1024;      // rows that stay in the second-level cache over all vectors
 
+// GCC would read a vector from memory again for each of its uses, which costs more than the use.
+template <class I>
+static TS_INLINE inline void keep_in_register(I& x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+}
+
 // Rows in order: the processor foresees them.
 struct NoFetch {
   void operator()(int64_t) const {}
@@ -136,9 +146,9 @@ static void dot_rows(const Matrix& w, int64_t first, int64_t last, const typenam
   if constexpr (R > 1) dot_rows<Tile, 1, N>(w, row, last, input, out, stride);
 }
 
-// Whether rows are so short in bytes that summing the lanes of one costs more than reading it: then four share the work.
+// Whether the work on a row, not its bytes, is what takes the time: then four rows share it.
 template <class Tile>
-inline constexpr bool sums_tall = requires { requires Tile::kTall; };
+inline constexpr bool is_tall = requires { requires Tile::kTall; };
 
 // Rows [first, last) times N vectors from v on.
 template <class Tile, int N>
@@ -153,7 +163,7 @@ static void dot_vectors(const Matrix& w, int64_t first, int64_t last, const Vect
     }
   }
   if constexpr (N == 1) {
-    if (!sums_tall<Tile> && w.cols / kBlock * Tile::kInputBytes <= kFirstLevelBytes) {
+    if (!is_tall<Tile> && w.cols / kBlock * Tile::kInputBytes <= kFirstLevelBytes) {
       dot_rows<Tile, 1, N>(w, first, last, input, out, stride);
     } else {
       dot_rows<Tile, kTallRows, N>(w, first, last, input, out, stride);
