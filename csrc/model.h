@@ -104,7 +104,8 @@ class Model {
   bool times_phases() const { return times_phases_; }
   void time_phases(bool on) { times_phases_ = on; }
   PhaseTimes& phases() { return phases_; }  // of decoding while timing was on
-  // How fast the members that decode read all weights once, with plain loads: what decoding could reach. 10^9 bytes/s.
+  // How fast the members that decode read all weights once, fetched ahead as kernels do: what decoding could reach.
+  // 10^9 bytes/s.
   double read_rate();
   Counts* counts() { return counts_.get(); }  // null while counting is off
   void count(bool on);

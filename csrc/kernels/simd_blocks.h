@@ -111,6 +111,7 @@ struct BlockDot {
   static constexpr int64_t kInputBytes = kTerms * (kBlock + 8);  // quants, scale, offset
   static constexpr int kPlanes = kBlock / block_bytes(kType);    // quants in a byte
   static constexpr bool kTall = kType == WeightType::ternary;
+  static constexpr bool kFetches = true;
   template <int N>
   using Input = QuantVectors<S, kType, N, kTerms>;
 
@@ -195,6 +196,7 @@ struct BlockDotF32 {
   static constexpr int kWideRows = 1;
   static constexpr int kVectors = 8;
   static constexpr int64_t kInputBytes = 0;  // each row reads it anew anyway
+  static constexpr bool kTall = false, kFetches = false;
 
   template <int N>
   using Input = FloatVectors<N>;

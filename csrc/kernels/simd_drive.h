@@ -3,6 +3,8 @@
 //
 //     kWideRows, kVectors              its largest number of rows and of vectors where there are several vectors
 //     kInputBytes                      of kBlock columns of one vector
+//     kTall                            whether rows share one vector because the work on a row takes longer than its
+//     bytes kFetches                         whether rows in order are fetched ahead: weights, not keys in the cache
 //     Input<N>(w, x, v)                vectors v to v + N of x, made ready once for many rows
 //     run<R, N>(w, rows, fetch, input, out, stride)    out[n * stride + r] = <row r, vector n of input>
 //
@@ -51,7 +53,7 @@ static TS_INLINE inline void keep_in_register(I& x) {
 #endif
 }
 
-// Rows in order: the processor foresees them.
+// Rows in order that need none.
 struct NoFetch {
   void operator()(int64_t) const {}
 };
@@ -80,6 +82,26 @@ class FetchRows {
   Rows<R> rows_;
   int64_t bytes_, byte_ = 0, due_ = 0;
   int row_ = 0;
+};
+
+// Weights in order, which come from memory: a core keeps more reads under way than the processor foresees. One line a
+// load; where a load with its scales is more than a line, the processor's own prefetching has the few that are left
+// out. What lies behind the last row is asked for in vain.
+template <class S, int R>
+class FetchAhead {
+ public:
+  explicit FetchAhead(const Rows<R>& rows) : rows_(rows) {}
+
+  TS_INLINE void operator()(int64_t bytes) {
+    TS_UNROLL for (int r = 0; r < R; ++r) prefetch(rows_.values[r] + byte_);
+    byte_ += bytes;
+  }
+
+ private:
+  static constexpr int64_t kDistance = 8192;
+
+  Rows<R> rows_;
+  int64_t byte_ = kDistance;
 };
 
 // Which listed rows to fetch, of each `bytes` from `first` on.
@@ -141,14 +163,15 @@ static void dot_rows(const Matrix& w, int64_t first, int64_t last, const typenam
                      float* out, int64_t stride) {
   int64_t row = first;
   for (; row + R <= last; row += R) {
-    Tile::template run<R, N>(w, Rows<R>(w, row), NoFetch{}, input, out + row, stride);
+    const Rows<R> now(w, row);
+    if constexpr (Tile::kFetches && (R == 1 || N == 1)) {  // else the work takes longer than the memory
+      Tile::template run<R, N>(w, now, FetchAhead<Tile, R>(now), input, out + row, stride);
+    } else {
+      Tile::template run<R, N>(w, now, NoFetch{}, input, out + row, stride);
+    }
   }
   if constexpr (R > 1) dot_rows<Tile, 1, N>(w, row, last, input, out, stride);
 }
-
-// Whether the work on a row, not its bytes, is what takes the time: then four rows share it.
-template <class Tile>
-inline constexpr bool is_tall = requires { requires Tile::kTall; };
 
 // Rows [first, last) times N vectors from v on.
 template <class Tile, int N>
@@ -163,7 +186,7 @@ static void dot_vectors(const Matrix& w, int64_t first, int64_t last, const Vect
     }
   }
   if constexpr (N == 1) {
-    if (!is_tall<Tile> && w.cols / kBlock * Tile::kInputBytes <= kFirstLevelBytes) {
+    if (!Tile::kTall && w.cols / kBlock * Tile::kInputBytes <= kFirstLevelBytes) {
       dot_rows<Tile, 1, N>(w, first, last, input, out, stride);
     } else {
       dot_rows<Tile, kTallRows, N>(w, first, last, input, out, stride);

@@ -33,6 +33,7 @@ struct PlainDot {
   static constexpr int kWideRows = 4;
   static constexpr int kVectors = 4;
   static constexpr int64_t kInputBytes = 4 * kBlock;
+  static constexpr bool kTall = false, kFetches = false;
 
   template <int N>
   using Input = FloatVectors<N>;

@@ -76,6 +76,7 @@ struct WordDot {
   static constexpr int kWideRows = S::kWideRows;
   static constexpr int kVectors = S::kVectors;
   static constexpr int64_t kInputBytes = WordVectors<S, 1>::kBlockBytes;
+  static constexpr bool kTall = false, kFetches = true;
   template <int N>
   using Input = WordVectors<S, N>;
 

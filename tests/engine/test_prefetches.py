@@ -19,11 +19,12 @@ LIST_HEIGHTS = {"avx512": 3, "avxvnni": 2, "avx2": 2}  # of the tiles of a list:
 def asked_for(isa: str) -> int:
     """Prefetches that csrc/kernels/simd_*.h ask for: one beside each load of a blocked row, in unrolled loops.
 
-    They are there for each type, size of group and kernel: dot products of one term and of two, axpy, sums. The first
-    rows of a list, plain rows and a prompt's rows come on top.
+    They are there for each type, size of group and kernel: dot products of one term and of two, with lists and with
+    rows in order, one and four of these at a time; axpy, sums. The first rows of a list, plain rows and a prompt's rows
+    come on top.
     """
     loads = sum(max(dwords * blocks // LANES[isa], 1) for dwords in (4, 8) for blocks in (16, 8, 4, 2, 1))
-    return loads * (2 * LIST_HEIGHTS[isa] + 2)
+    return loads * (2 * LIST_HEIGHTS[isa] + 2 * (1 + 4) + 2)
 
 
 @pytest.mark.skipif(
