@@ -1,7 +1,7 @@
 """Where a token's time goes: the engine's own timers, against how fast its threads can read at that moment.
 
 Memory may be shared with other machines and change its speed within minutes. So before and after every few tokens the
-threads that decode read all weights with plain loads, and a share of the limit compares neighbours. Weights that stay
+threads that decode read all weights fetched ahead, and a share of the limit compares neighbours. Weights that stay
 in a cache from token to token are read from there, and so is their limit.
 """
 
