@@ -3,8 +3,8 @@
 //
 //     kWideRows, kVectors              its largest number of rows and of vectors where there are several vectors
 //     kInputBytes                      of kBlock columns of one vector
-//     kTall                            whether rows share one vector because the work on a row takes longer than its
-//     bytes kFetches                         whether rows in order are fetched ahead: weights, not keys in the cache
+//     kTall                            whether rows share one vector, as work takes longer than bytes
+//     kFetches                         whether rows in order are fetched ahead, as weights are
 //     Input<N>(w, x, v)                vectors v to v + N of x, made ready once for many rows
 //     run<R, N>(w, rows, fetch, input, out, stride)    out[n * stride + r] = <row r, vector n of input>
 //

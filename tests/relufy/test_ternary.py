@@ -21,7 +21,7 @@ def test_a_row_becomes_three_values_and_stays_so():
 
 
 @pytest.mark.parametrize("columns", [1, 7, 576])
-def test_many_rows_keep_their_form_bit_for_bit_but_for_the_sum(columns):
+def test_rounding_twice_changes_no_sign_and_hardly_a_scale(columns):
     torch.manual_seed(columns)
     rounded = ternary(torch.randn(50, columns))
     for row in rounded:

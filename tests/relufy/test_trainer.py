@@ -187,6 +187,13 @@ def test_a_dense_control_trains_with_the_same_code(folder):
     assert "eval_sparsity_h" not in result["stages"]["adapt"]
 
 
+def test_ternary_gates_are_for_sparse_models(folder):
+    sizes = "tokens: 320, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2"
+    stages = f"\n - {{name: gates, objective: cross_entropy, {sizes}, ternary_gates: true}}"
+    with pytest.raises(UserError, match="`ternary_gates` is for sparse models"):
+        train_from_recipe(_recipe(folder, "dense-gates", model="dense", stages=stages))
+
+
 def test_ternary_gates_are_those_of_the_model_that_is_validated_and_saved(folder):
     sizes = "tokens: 320, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2"
     stages = f"\n - {{name: gates, objective: cross_entropy, {sizes}, ternary_gates: true, soft_slopes: true}}"
