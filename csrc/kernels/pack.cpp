@@ -39,13 +39,12 @@ void pack_row(int64_t blocks, const std::byte* source, std::byte* row) {
   }
 }
 
-// Magnitudes of float16 are ordered as their bits are.
+}  // namespace
+
 float f16_magnitude(uint16_t bits) {
   if (bits >= 0x7c00u) return std::numeric_limits<float>::infinity();  // or a NaN
   return std::bit_cast<float>(static_cast<uint32_t>(bits) << 13) * 0x1p112f;
 }
-
-}  // namespace
 
 int64_t packed_bytes(WeightType type, int64_t rows, int64_t cols) { return align(rows * row_bytes(type, cols)); }
 
@@ -77,7 +76,7 @@ void largest_scales(const Matrix& w, int64_t first, int64_t last, float* out) {
       for (int64_t b = 0; b < group; ++b) {
         uint16_t half;
         std::memcpy(&half, scales + b * sizeof(half), sizeof(half));
-        largest = std::max<uint16_t>(largest, half & 0x7fffu);
+        largest = std::max<uint16_t>(largest, half & 0x7fffu);  // magnitudes are ordered as their bits are
       }
       begin += group;
     }

@@ -36,6 +36,7 @@ int64_t packed_bytes(WeightType type, int64_t rows, int64_t cols);
 Matrix layout(WeightType type, int64_t rows, int64_t cols, const std::byte* storage);
 void pack(const Matrix& into, std::byte* storage, int64_t first, int64_t last, const std::byte* source);
 void largest_scales(const Matrix& w, int64_t first, int64_t last, float* out);
+float f16_magnitude(uint16_t bits);  // of a float16 without its sign; infinity for what is no number
 
 // The functions below have internal linkage: each instruction set compiles its own copy, and no linker can hand the
 // generic kernels one that was compiled for a larger machine.

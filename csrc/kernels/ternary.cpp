@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ternary.h"
 
-#include <bit>
 #include <cstdlib>
 #include <cstring>
 
@@ -49,12 +48,6 @@ ThreeValues values_of(const SourceRow& row, int64_t blocks) {
   return found;
 }
 
-// Of a finite float16.
-float to_float(uint16_t half) {
-  const float magnitude = std::bit_cast<float>(static_cast<uint32_t>(half & 0x7fffu) << 13) * 0x1p112f;
-  return half & 0x8000u ? -magnitude : magnitude;
-}
-
 // The dword of columns 4 d to 4 d + 3 of a block and of those 8, 16 and 24 further.
 uint32_t dword_of(const SourceRow& row, int64_t block, int64_t d) {
   uint32_t dword = 0;
@@ -70,7 +63,8 @@ uint32_t dword_of(const SourceRow& row, int64_t block, int64_t d) {
 
 void pack_row(const SourceRow& row, int64_t blocks, std::byte* out) {
   const ThreeValues values = values_of(row, blocks);
-  const float scale = to_float(values.scale) * static_cast<float>(values.quant);
+  const float magnitude = f16_magnitude(values.scale & 0x7fffu) * static_cast<float>(values.quant);
+  const float scale = values.scale & 0x8000u ? -magnitude : magnitude;
   std::memcpy(out, &scale, sizeof(scale));
   out += head_bytes(WeightType::ternary);
   for (int64_t begin = 0; begin < blocks;) {

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from agreement import TOKENS, check_same_bits, logits_error
+from agreement import TOKENS, check_same_bits, equal_bits, logits_error
 from factories import make_folder
 from reference import kernels as reference
 from transformers import AutoModelForCausalLM
@@ -42,17 +42,13 @@ def ternary_rows(rng, source, rows, cols, quant):
     return reference.Weights(source, raw, values)
 
 
-def pack(isa, weights, ternary=True):
+def pack(isa, weights):
     rows, cols = weights.values.shape
-    return kernels.Matrix(isa, int(reference.TYPES[weights.type]), rows, cols, weights.raw.reshape(-1), ternary=ternary)
+    return kernels.Matrix(isa, int(reference.TYPES[weights.type]), rows, cols, weights.raw.reshape(-1), ternary=True)
 
 
 def normal(rng, *shape):
     return rng.standard_normal(shape, dtype=np.float32)
-
-
-def same_bits(a, b):
-    np.testing.assert_array_equal(np.asarray(a, np.float32).view(np.uint32), np.asarray(b, np.float32).view(np.uint32))
 
 
 @isa
@@ -84,11 +80,11 @@ def test_an_element_has_the_same_bits_in_any_company(isa, cols, count):
         together = packed.dot(vectors, 0, 13)
         for rows in (np.arange(0), np.arange(13), np.flatnonzero(rng.random(13) < 0.4)):
             listed = packed.dot_listed(rows.astype(np.int32), vectors, count - 1)
-            same_bits(listed, together[count - 1, rows])
+            assert equal_bits(listed, together[count - 1, rows])
         for v in range(count):
             alone = kernels.Vectors(isa, x[v : v + 1], int8=True, rest=None if rest is None else rest[v : v + 1])
             for row in range(13):
-                same_bits(packed.dot(alone, row, row + 1), together[v : v + 1, row : row + 1])
+                assert equal_bits(packed.dot(alone, row, row + 1), together[v : v + 1, row : row + 1])
 
 
 @isa
