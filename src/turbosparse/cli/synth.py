@@ -51,7 +51,9 @@ def command(
     rates = rates_for(sparsity, gate_rate)
     prediction = Prediction(selected, predictor_share) if config.sparse and predictor_share != 0 else None
     with output.progress(f"writing {out.name}") as report:
-        file_bytes = write_synthetic(out, shape, config, rates, quant.value, seed, report, prediction, ternary_gates)
+        file_bytes = write_synthetic(
+            out, shape, config, rates, quant.value, seed, report, prediction, ternary_gates=ternary_gates
+        )
     measured = measure_rates(out)
     predictor = describe(str(out))["predictor"]
     record = {
