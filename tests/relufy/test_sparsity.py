@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from turbosparse.relufy.recipes import Sparsity
-from turbosparse.relufy.sparsity import ActivationTap, SparsityPressure, soft_count
+from turbosparse.relufy.sparsity import ActivationTap, SparsityPressure, soft_count, soft_idle_count
 
 
 def test_soft_count_approaches_the_hard_share_for_well_separated_neurons():
@@ -23,6 +23,23 @@ def test_soft_count_cannot_be_lowered_by_scale_but_by_shifting_down():
     assert (shifted.grad > 0).all()  # also neurons that are off are pushed further down
 
 
+def test_soft_idle_count_is_the_share_of_gates_that_are_open_alone():
+    gate = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0]).repeat(1, 4, 1)
+    up = torch.tensor([1.0, -1.0, -1.0, -1.0, 1.0, 1.0, -1.0, 1.0]).repeat(1, 4, 1)
+    assert soft_idle_count(gate, up).item() == pytest.approx(3 / 8, abs=0.02)
+
+
+def test_soft_idle_count_closes_idle_gates_or_opens_their_ups():
+    torch.manual_seed(3)
+    gate, up = torch.randn(2, 9, 33).requires_grad_(), torch.randn(2, 9, 33).requires_grad_()
+    assert soft_idle_count(gate * 1e-2, up * 1e-2).item() == pytest.approx(soft_idle_count(gate, up).item(), rel=1e-3)
+    soft_idle_count(gate, up).backward()
+    assert (gate.grad > 0).all()
+    assert (up.grad < 0).all()
+    idle, firing = (gate > 0.2) & (up < -0.2), (gate > 0.2) & (up > 0.2)
+    assert gate.grad[idle].mean() > 5 * gate.grad[firing].mean()  # a neuron that fires keeps its gate
+
+
 @pytest.mark.parametrize("activation", ["drelu", "reglu"])
 def test_tap_counts_what_fires(activation):
     torch.manual_seed(1)
@@ -33,6 +50,7 @@ def test_tap_counts_what_fires(activation):
     expected = [(x != 0).float().mean() for x in (gate.relu(), up.relu(), h)]
     torch.testing.assert_close(tap.rates, torch.stack(expected))
     assert tap.soft is None
+    assert tap.soft_idle is None
 
 
 def test_pressure_is_off_at_the_target_and_bounded_by_its_weight():

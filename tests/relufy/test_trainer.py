@@ -194,6 +194,20 @@ def test_ternary_gates_are_for_sparse_models(folder):
         train_from_recipe(_recipe(folder, "dense-gates", model="dense", stages=stages))
 
 
+def test_idle_gates_are_refused_where_there_are_none_and_closed_where_there_are(folder):
+    sizes = "tokens: 2560, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2, eval_every: 1"
+    idle = "{target_rate: 0.02, start_rate: 0.02, weight: 20}"
+    stages = f"""
+ - {{name: close, objective: cross_entropy, {sizes}, sparsity: {{target_rate: 0.3, start_rate: 0.3, idle: {idle}}}}}"""
+    for model in ("dense", "reglu"):
+        with pytest.raises(UserError, match="is for (sparse|dReLU) models"):
+            train_from_recipe(_recipe(folder, f"idle-{model}", model=model, stages=stages))
+    output = Path(train_from_recipe(_recipe(folder, "idle", stages=stages))["output"])
+    means = [record["mean"] for record in map(json.loads, (output / "log.jsonl").open()) if "mean" in record]
+    idle_rates = [mean["sparsity_h"] - mean["sparsity_gate"] for mean in means]
+    assert idle_rates[-1] < idle_rates[0] / 2
+
+
 def test_ternary_gates_are_those_of_the_model_that_is_validated_and_saved(folder):
     sizes = "tokens: 320, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2"
     stages = f"\n - {{name: gates, objective: cross_entropy, {sizes}, ternary_gates: true, soft_slopes: true}}"

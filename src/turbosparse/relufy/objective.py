@@ -63,11 +63,13 @@ class Agreement(Protocol):
 
 
 class _SparsityTerm:
-    """The penalty and the activation rates that every objective shares."""
+    """The penalties and the activation rates that every objective shares."""
 
     def __init__(self, mlps: list[nn.Module], settings: Sparsity | None) -> None:
-        self.taps = attach_taps(mlps, settings.penalty if settings is not None else None, _TAP_STRIDE)
+        penalty, idle = (settings.penalty, settings.idle) if settings is not None else (None, None)
+        self.taps = attach_taps(mlps, penalty, _TAP_STRIDE, idle is not None)
         self.pressure = SparsityPressure(settings) if settings is not None and self.taps else None
+        self.idle_pressure = SparsityPressure(idle) if idle is not None and self.taps else None
 
     def __call__(self, progress: float, metrics: dict[str, Tensor]) -> Tensor | float:
         rates = [tap.rates for tap in self.taps if tap.rates is not None]
@@ -80,6 +82,9 @@ class _SparsityTerm:
             return 0.0
         soft = torch.stack([tap.soft for tap in self.taps if tap.soft is not None]).mean()
         penalty = self.pressure(mean_rates[2], soft, progress)
+        if self.idle_pressure is not None:
+            soft_idle = torch.stack([tap.soft_idle for tap in self.taps if tap.soft_idle is not None]).mean()
+            penalty = penalty + self.idle_pressure(mean_rates[0] - mean_rates[2], soft_idle, progress)
         metrics["penalty"] = penalty.detach()
         return penalty
 

@@ -70,17 +70,25 @@ class Data(_Strict):
         return self
 
 
-class Sparsity(_Strict):
-    """The penalty that keeps neurons quiet; rates are shares of active neurons, 0..1 (see sparsity.py)."""
+class Pressure(_Strict):
+    """A penalty that brings a share of the neurons, 0..1, down to a target (see sparsity.py)."""
 
     target_rate: float = Field(gt=0, lt=1)
     start_rate: float = Field(default=0.5, gt=0, le=1)
     ramp: float = Field(default=0.3, ge=0, le=1, description="share of the stage over which the target falls")
     weight: float = Field(default=1.0, ge=0)
     width: float = Field(default=0.02, gt=0, description="excess of the rate at which the full weight is reached")
+
+
+class Sparsity(Pressure):
+    """The penalty that keeps neurons quiet; the rates of its own keys are shares of active neurons."""
+
     penalty: Literal["count", "l1"] = Field(default="count", description="what is pushed down: see sparsity.py")
     threshold: float | None = Field(
         default=None, ge=0, le=2, description="of |h|, in root mean squares of each layer's h, set as the stage begins"
+    )
+    idle: Pressure | None = Field(
+        default=None, description="of a dReLU model: on neurons whose gate is open and which do not fire"
     )
 
 

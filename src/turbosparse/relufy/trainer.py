@@ -209,6 +209,10 @@ def _check_fit(stage: Stage, model: Any) -> None:
         raise UserError(
             f"stage {stage.name}: `ternary_gates` is for sparse models; convert the model first, or leave it out"
         )
+    if stage.sparsity is not None and stage.sparsity.idle is not None and kinds != {"drelu"}:
+        raise UserError(
+            f"stage {stage.name}: `sparsity.idle` is for dReLU models, whose gate can be open for nothing; leave it out"
+        )
     if stage.sides and kinds != {"drelu"}:
         raise UserError(f"stage {stage.name}: `sides` is for dReLU models; leave it out, or convert with dReLU")
 
