@@ -16,7 +16,8 @@ from turbosparse._native import isas, kernels
 from turbosparse.engine import Engine
 from turbosparse.model.export import export_gguf
 from turbosparse.model.quantize import dequantize, quantize
-from turbosparse.relufy.ternary import settle_ternary_gates, ternary, use_ternary_gates
+from turbosparse.relufy.rounded import settle_rounded
+from turbosparse.relufy.ternary import ternary, use_ternary_gates
 
 ISAS = kernels.available()
 COLS = (32, 64, 96, 160, 576, 1536)  # groups of 16, 8, 4, 2 and 1 blocks
@@ -145,7 +146,7 @@ def files(tmp_path_factory):
     source = make_folder(folder / "plain", "llama", "drelu")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     use_ternary_gates(model)
-    settle_ternary_gates(model)
+    settle_rounded(model)
     model.save_pretrained(source)
     paths = {quant: folder / f"{quant}.gguf" for quant in ("q4_0", "q8_0")}
     for quant, path in paths.items():

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import turbosparse  # noqa: F401  registers the sparse model types
 from turbosparse.relufy.objective import ffns
-from turbosparse.relufy.ternary import settle_ternary_gates, ternary, use_ternary_gates
+from turbosparse.relufy.rounded import settle_rounded
+from turbosparse.relufy.ternary import ternary, use_ternary_gates
 
 
 def test_a_row_becomes_three_values_and_stays_so():
@@ -43,7 +44,7 @@ def test_the_copy_learns_and_the_model_ends_with_what_it_computed(tmp_path):
     (weight,) = torch.randn(1, *gate.shape)
     (gate * weight).sum().backward()
     torch.testing.assert_close(mlp.gate_proj.weight.grad, weight.T @ x)  # also where the rounded weight is zero
-    settle_ternary_gates(model)
+    settle_rounded(model)
     assert type(mlp.gate_proj) is nn.Linear
     torch.testing.assert_close(mlp.gate_proj(x), gate)
     assert torch.equal(ternary(mlp.gate_proj.weight).sign(), mlp.gate_proj.weight.sign())

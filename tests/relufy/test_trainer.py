@@ -1,14 +1,17 @@
 """The whole training path on a tiny dReLU model: stages, log, resume at the very next sample, safe folders."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from factories import make_folder
 from transformers import AutoModelForCausalLM
 
 from turbosparse.errors import UserError
+from turbosparse.model.quantize import Type, dequantize, quantize
 from turbosparse.relufy import trainer as trainer_module
 from turbosparse.relufy.convert import convert
 from turbosparse.relufy.trainer import RecoveryTrainer, train_from_recipe
@@ -200,7 +203,7 @@ def test_idle_gates_are_refused_where_there_are_none_and_closed_where_there_are(
     stages = f"""
  - {{name: close, objective: cross_entropy, {sizes}, sparsity: {{target_rate: 0.3, start_rate: 0.3, idle: {idle}}}}}"""
     for model in ("dense", "reglu"):
-        with pytest.raises(UserError, match="is for (sparse|dReLU) models"):
+        with pytest.raises(UserError, match=r"is for (sparse|dReLU) models"):
             train_from_recipe(_recipe(folder, f"idle-{model}", model=model, stages=stages))
     output = Path(train_from_recipe(_recipe(folder, "idle", stages=stages))["output"])
     means = [record["mean"] for record in map(json.loads, (output / "log.jsonl").open()) if "mean" in record]
@@ -217,6 +220,30 @@ def test_ternary_gates_are_those_of_the_model_that_is_validated_and_saved(folder
         for row in layer.mlp.gate_proj.weight:
             assert len(row[row != 0].abs().unique()) == 1
     _assert_metrics_are_those_of_a_forward_pass(folder, output)
+
+
+def test_a_model_trained_for_q4_0_loses_nothing_to_it(folder):
+    sizes = "tokens: 320, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2"
+    stages = f"\n - {{name: bits, objective: cross_entropy, {sizes}, quant: q4_0, soft_slopes: true}}"
+    output = Path(train_from_recipe(_recipe(folder, "bits", stages=stages))["output"])
+    _assert_metrics_are_those_of_a_forward_pass(folder, output)
+    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    for name, weight in model.model.layers.named_parameters():
+        if name.endswith("proj.weight"):
+            stored = dequantize(
+                quantize(weight.detach().numpy(), Type.Q4_0).reshape(-1), Type.Q4_0, tuple(weight.shape)
+            )
+            assert torch.equal(torch.from_numpy(stored), weight), name
+
+
+def test_training_for_q4_0_needs_rows_of_whole_blocks(folder):
+    make_folder(folder / "odd", "llama", "drelu", hidden_size=48)
+    sizes = "tokens: 320, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2"
+    stages = f"\n - {{name: bits, objective: cross_entropy, {sizes}, quant: q4_0}}"
+    for tokenizer in (folder / "dense").glob("tokenizer*"):
+        shutil.copy(tokenizer, folder / "odd")
+    with pytest.raises(UserError, match="`quant: q4_0` needs rows of whole blocks of 32"):
+        train_from_recipe(_recipe(folder, "odd-rows", model="odd", stages=stages))
 
 
 @pytest.mark.parametrize(

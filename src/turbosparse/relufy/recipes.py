@@ -138,6 +138,7 @@ class Stage(_Strict):
     sides: Literal["best", "one"] | None = Field(default=None, description="for a fresh dReLU swap: see allot.py")
     soft_slopes: bool = Field(default=False, description="of a sparse model: neurons that are off learn, see slopes.py")
     ternary_gates: bool = Field(default=False, description="of a sparse model: 2 bits a weight, see ternary.py")
+    quant: Literal["q4_0"] | None = Field(default=None, description="weights as an export of it has them: quantized.py")
     predictability: Predictability | None = None
     distillation: Distillation | None = None
     eval_every: int | None = Field(default=None, gt=0, description="steps")

@@ -17,7 +17,7 @@ _SHARPNESS = 4.0  # how steeply the soft count rises, in standard deviations of 
 
 
 def _openness(pre_BTF: Tensor) -> Tensor:
-    """A soft step of a pre-activation, float32 in 0..1: sigmoid(4 x / s), s its standard deviation, without gradient."""
+    """A soft step of a pre-activation, float32 in 0..1: sigmoid(4 x / s), s its standard deviation as a constant."""
     pre_BTF = pre_BTF.float()
     return torch.sigmoid(_SHARPNESS * pre_BTF / (pre_BTF.detach().std() + 1e-6))
 
@@ -39,7 +39,7 @@ def soft_count(gate_BTF: Tensor, up_BTF: Tensor, gate_only: bool = False) -> Ten
 
 
 def soft_idle_count(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
-    """The same for idle neurons, whose gate is open and whose up is not: mean of sigmoid(4 g / s_g) sigmoid(-4 u / s_u).
+    """The same for idle neurons, the gate open and the up not: mean of sigmoid(4 g / s_g) * sigmoid(-4 u / s_u).
 
     Exact mode reads their ups for nothing. Both ways out are open, the gate's closing and the up's opening: a gate that
     is pushed alone closes where the neuron fires as well.

@@ -34,11 +34,13 @@ from turbosparse.relufy.optimizer import make_adamw
 from turbosparse.relufy.predictable import Predictors
 from turbosparse.relufy.processes import is_shared, share, shared_loss, this_process
 from turbosparse.relufy.progress import ProgressLog
+from turbosparse.relufy.quantized import BLOCK, fits_q4_0, use_q4_0
 from turbosparse.relufy.recipes import Recipe, Stage, load_recipe
 from turbosparse.relufy.roles import settle_roles
+from turbosparse.relufy.rounded import settle_rounded
 from turbosparse.relufy.schedule import learning_rate_share
 from turbosparse.relufy.slopes import use_soft_slopes
-from turbosparse.relufy.ternary import settle_ternary_gates, use_ternary_gates
+from turbosparse.relufy.ternary import use_ternary_gates
 from turbosparse.relufy.threshold import set_thresholds
 from turbosparse.relufy.validate import mean_over_domains, validate
 
@@ -213,6 +215,10 @@ def _check_fit(stage: Stage, model: Any) -> None:
         raise UserError(
             f"stage {stage.name}: `sparsity.idle` is for dReLU models, whose gate can be open for nothing; leave it out"
         )
+    if stage.quant is not None and not fits_q4_0(model):
+        raise UserError(
+            f"stage {stage.name}: `quant: q4_0` needs rows of whole blocks of {BLOCK} weights; leave it out"
+        )
     if stage.sides and kinds != {"drelu"}:
         raise UserError(f"stage {stage.name}: `sides` is for dReLU models; leave it out, or convert with dReLU")
 
@@ -267,6 +273,8 @@ def _objective(
         use_soft_slopes(model)
     if stage.ternary_gates:
         use_ternary_gates(model)
+    if stage.quant is not None:
+        use_q4_0(model)  # of what is not ternary
     if stage.objective == "layerwise":
         model.requires_grad_(False)
         for mlp in ffns(model):
@@ -339,9 +347,8 @@ def _run_stage(
     if trainer.state.global_step < arguments.max_steps:
         return None
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        if stage.ternary_gates:
-            settle_ternary_gates(model)  # and nothing trades places: what is cheap to read stays the gate
-        else:
+        settle_rounded(model)
+        if not stage.ternary_gates:  # what is cheap to read stays the gate
             settle_roles(model, probes, dtype)
     metrics = trainer.evaluate()
     if process.is_main_process:
