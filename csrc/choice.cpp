@@ -12,8 +12,8 @@ constexpr double kDense = 3, kListed = 1.3, kAdded = 1.9;
 
 }  // namespace
 
-Choice::Choice(int64_t neurons, const std::vector<double>& predictor_cost)
-    : neurons_(neurons), layers_(predictor_cost.size()), chosen_(predictor_cost.size(), Mode::exact) {
+Choice::Choice(int64_t neurons, const std::vector<double>& predictor_cost, bool by_gate)
+    : neurons_(neurons), by_gate_(by_gate), layers_(predictor_cost.size()), chosen_(predictor_cost.size(), Mode::exact) {
   for (size_t i = 0; i < layers_.size(); ++i) layers_[i].predictor_cost = predictor_cost[i];
 }
 
@@ -44,8 +44,9 @@ Mode Choice::cheapest(const Layer& layer) const {
   const double open = layer.open / seen, active = layer.active / seen, selected = layer.selected / seen;
   const double exact = 1 + kListed * open + kAdded * active;
   const double needed = std::min(open, selected);
-  const double predicted = layer.predictor_cost + kListed * (selected + needed) + kAdded * active;
-  if (predicts_ && layer.predictor_cost > 0 && predicted < std::min(kDense, exact)) return Mode::predicted;
+  const double found = by_gate_ ? 1 : layer.predictor_cost + kListed * selected;  // every gate, or those selected
+  const double predicted = found + kListed * needed + kAdded * active;
+  if (predicts_ && (by_gate_ || layer.predictor_cost > 0) && predicted < std::min(kDense, exact)) return Mode::predicted;
   return exact < kDense ? Mode::exact : Mode::dense;
 }
 

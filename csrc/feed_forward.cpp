@@ -120,7 +120,7 @@ void Forward::sparse_ffn(Member& member, const Pass& pass, int64_t index) {
   Scratch& s = scratch_[member.rank()];
   const Inputs x = route(member, pass, index);
   const bool predicts = scores_wanted(pass, index);
-  const Inputs hidden = predicts ? predictor_hidden(member, pass, layer, x) : Inputs{};
+  const Inputs hidden = predicts && !layer.by_gate ? predictor_hidden(member, pass, layer, x) : Inputs{};
   const auto rows_of = [&](const Routing::Group& group) {
     Pass part = pass;
     part.rows = &s.slots[group.first];
@@ -148,7 +148,7 @@ void Forward::sparse_ffn(Member& member, const Pass& pass, int64_t index) {
 
 // Counting needs everything.
 Forward::Whole Forward::whole_of(const Pass& pass, int64_t index, bool predicts) const {
-  Whole whole{predicts, counts_ != nullptr, counts_ != nullptr};
+  Whole whole{predicts, counts_ != nullptr || (predicts && model_->layers()[index].by_gate), counts_ != nullptr};
   for (int64_t t = 0; t < pass.n; ++t) {
     const Mode mode = mode_of(pass, t, index);
     whole.gates = whole.gates || mode != Mode::predicted;
@@ -167,7 +167,7 @@ void Forward::whole_products(Member& member, const Ffn& ffn, const Whole& whole,
     enter(member, phase);
     multiply(member, w, input, out + group.first * f, f);
   };
-  all_rows(whole.scores, Phase::predictor, ffn.fc2, hidden, scores());
+  all_rows(whole.scores && ffn.fc2.rows > 0, Phase::predictor, ffn.fc2, hidden, scores());
   all_rows(whole.gates, Phase::gate, ffn.gate, x, gates());
   all_rows(whole.ups, Phase::up, ffn.up, x, ups());
 }
@@ -335,13 +335,14 @@ int64_t Forward::keep_open(Scratch& s, int64_t n) const {
   return open;
 }
 
-// s.open = the neurons whose score reaches the threshold, counted from at.first, and their scores less the number
+// s.open = the neurons whose score reaches the threshold, counted from at.first; scores become those less the number
 // before it. Returns how many.
 int64_t Forward::select(Scratch& s, const Pass& pass, const Neurons& at, int64_t row) {
   // score >= threshold is score > the number before it, and the difference of two floats is positive where they differ.
   const float below = std::nextafter(pass.rows[row].session->audit_.threshold(at.index, at.expert), -INFINITY);
   float* score = row_of(scores(), at, row);
-  for (int64_t i = 0; i < at.n; ++i) score[i] -= below;
+  const float* found = model_->layers()[at.index].by_gate ? row_of(gates(), at, row) : score;
+  for (int64_t i = 0; i < at.n; ++i) score[i] = found[i] - below;
   return kernels_.positive(score, at.n, s.open.data());
 }
 
@@ -380,7 +381,8 @@ void Forward::count_read(Scratch& s, const Pass& pass, const Neurons& at, int64_
 // What the neurons of a row do, and what the predictor says of them; every gate and up is known.
 void Forward::count_row(const Pass& pass, const Neurons& at, int64_t row) {
   const float *gates_of = row_of(gates(), at, row), *ups_of = row_of(ups(), at, row);
-  const float* scores_of = row_of(scores(), at, row);
+  const Layer& layer = model_->layers()[at.index];
+  const float* scores_of = layer.by_gate ? gates_of : row_of(scores(), at, row);
   const int64_t base = (at.index * config_.ffns() + at.expert) * config_.ffn + at.first;
   const bool relu_up = config_.activation == Activation::drelu;
   const float threshold = pass.rows[row].session->audit_.threshold(at.index, at.expert);
@@ -392,7 +394,7 @@ void Forward::count_row(const Pass& pass, const Neurons& at, int64_t row) {
     counts_->up[base + i] += up > 0;
     counts_->h[base + i] += fires;
     counts_->mass[base + i] += std::fabs(h);
-    if (at.ffn.fc1.rows == 0) continue;
+    if (!layer.predicts()) continue;
     const bool selected = scores_of[i] >= threshold;
     counts_->selected[base + i] += selected;
     counts_->hit[base + i] += selected && fires;

@@ -52,7 +52,7 @@ void Forward::check(const Session& session, int64_t n, Mode mode) const {
   if (n > session.context_ - session.position_) throw std::invalid_argument("the context is full");
   if (mode != Mode::dense && !config_.sparse()) throw std::invalid_argument("this mode needs a ReLU-gated model");
   const bool predicts = mode == Mode::predicted || mode == Mode::automatic_predicted;
-  if (predicts && config_.widest_predictor() == 0) throw std::invalid_argument("there is no predictor");
+  if (predicts && !config_.predicts()) throw std::invalid_argument("there is no predictor");
 }
 
 void Forward::check(int32_t token) const {

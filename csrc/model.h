@@ -39,6 +39,7 @@ struct Config {
   std::vector<float> activation_thresholds;  // one a layer, or none: a smaller |h| becomes zero
   float gate_threshold = 0;                  // a positive gate below it counts as zero
   bool predictor_normed = false;             // it reads the FFN's input; else the residual stream before the norm
+  bool predictor_by_gate = false;            // gates are the scores, and there are no matrices
 
   bool sparse() const { return activation == Activation::drelu || activation == Activation::reglu; }
   int64_t q_size() const { return heads * head_dim; }
@@ -48,6 +49,7 @@ struct Config {
   bool slides(int64_t layer) const {
     return sliding_window > 0 && layer < static_cast<int64_t>(sliding_layers.size()) && sliding_layers[layer];
   }
+  bool predicts() const { return predictor_by_gate || widest_predictor() > 0; }
   int64_t widest_predictor() const {
     return predictor_ranks.empty() ? 0 : *std::max_element(predictor_ranks.begin(), predictor_ranks.end());
   }
@@ -74,8 +76,9 @@ struct Layer {
   const float* k_bias = nullptr;
   const float* v_bias = nullptr;
   bool sliding = false;
+  bool by_gate = false;  // its gates are the predictor's scores
 
-  bool predicts() const { return ffns[0].fc1.rows > 0; }
+  bool predicts() const { return by_gate || ffns[0].fc1.rows > 0; }
 };
 
 class Model {
@@ -121,7 +124,7 @@ class Model {
   // Inputs of products are worth a second int8 term: the weights lose less than one term would.
   bool fine_inputs() const { return layers_[0].ffns[0].up.type == WeightType::q8_0; }
 
-  // What the predictor of each layer costs, in rows of gate for each neuron; 0 where there is none.
+  // What the predictor of each layer costs, in rows of gate for each neuron; 0 where there is none, or only gates.
   std::vector<double> predictor_costs() const;
 
   // Neurons of a sparse FFN are summed in fixed blocks: few, so that partial sums stay small, and independent of

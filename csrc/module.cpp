@@ -96,6 +96,7 @@ Config config_from(nb::handle source) {
     c.predictor_ranks = nb::cast<std::vector<int64_t>>(predictor.attr("ranks"));
     c.predictor_thresholds = nb::cast<std::vector<float>>(predictor.attr("thresholds"));
     c.predictor_normed = nb::cast<bool>(predictor.attr("normed"));
+    c.predictor_by_gate = nb::cast<bool>(predictor.attr("by_gate"));
   }
   if (const nb::object thresholds = source.attr("activation_thresholds"); !thresholds.is_none()) {
     c.activation_thresholds = nb::cast<std::vector<float>>(thresholds);

@@ -184,7 +184,8 @@ BROKEN = {
     "everything promised": ({"recall": [0.9, 1.0]}, "predictor.recall is from 0.9 to 1, which is not between 0 and 1"),
     "less than nothing promised": ({"recall": [-0.5, 0.9]}, "not between 0 and 1"),
     "nothing promised at length": ({"recall": [0.0, 0.0]}, "not between 0 and 1"),
-    "input": ({"input": "guess"}, "'guess' is not one of normed, residual"),
+    "input": ({"input": "guess"}, "'guess' is not one of normed, residual, gate"),
+    "gates with matrices": ({"input": "gate"}, "impossible sizes"),
 }
 
 

@@ -24,7 +24,7 @@ from turbosparse.predict.collect import Collector
 from turbosparse.predict.decoder import Decoder, embed, logits
 from turbosparse.predict.fit import Tokens, fit, nats, rounded, whitening
 from turbosparse.predict.folder import FILE, attach, load_folder, save_folder
-from turbosparse.predict.measure import Curve, curve, edges
+from turbosparse.predict.measure import Curve, curve, edges, low_rank
 from turbosparse.predict.ranks import cost, share_out, tried
 from turbosparse.predict.sensitivity import sensitivities
 from turbosparse.predict.sinks import always_selecting, sinks
@@ -73,9 +73,9 @@ def test_a_fitted_predictor_finds_what_fires_on_tokens_it_has_not_seen():
     tokens = tokens_of_two_directions(9000)
     seen, tuned, new = (Tokens(tokens.x[part], tokens.mass[part]) for part in np.split(np.arange(9000), [7000, 8000]))
     worth = torch.full((64,), 1e-6)
-    fc1, fc2 = fit(seen, worth, 32, Type.Q8_0, 200, 0, CPU)
-    scores = edges(tuned, fc1, fc2)
-    on_tuned, on_new = (curve(part, fc1, fc2, worth, scores) for part in (tuned, new))
+    scores = low_rank(*fit(seen, worth, 32, Type.Q8_0, 200, 0, CPU))
+    tried_scores = edges(tuned, scores, CPU)
+    on_tuned, on_new = (curve(part, scores, worth, tried_scores) for part in (tuned, new))
     found = on_new.quality(on_tuned.best(price_for([on_tuned], 0.98)), 3, 32, 0.5)
     assert (found.layer, found.rank, found.bytes_share) == (3, 32, 0.5)
     assert found.mass_kept == pytest.approx(0.98, abs=0.01)
@@ -128,8 +128,8 @@ def test_a_curve_counts_what_every_threshold_selects():
     fc1, fc2 = torch.randn(32, 8), torch.randn(8, 32)
     score = (torch.relu(torch.from_numpy(tokens.x).float() @ fc1.T) @ fc2.T).numpy()
     # Other tokens set the thresholds, so that scores lie below and above them all.
-    tried_scores = edges(Tokens(tokens.x[:40], mass[:40]), fc1, fc2)
-    found = curve(tokens, fc1, fc2, worth, tried_scores)
+    tried_scores = edges(Tokens(tokens.x[:40], mass[:40]), low_rank(fc1, fc2), CPU)
+    found = curve(tokens, low_rank(fc1, fc2), worth, tried_scores)
     held = mass.astype(np.float64)
     each = np.stack([np.ones_like(held), held > 0, held, nats(torch.from_numpy(held), worth.double()).numpy()])
     assert found.whole == pytest.approx(each.sum((1, 2)) / 300)
@@ -169,8 +169,8 @@ def test_one_price_loses_mass_where_it_costs_least():
 
 def test_a_layer_that_never_fires_selects_nothing_much():
     tokens = Tokens(np.ones((40, 8), np.float16), np.zeros((40, 4), np.float16))
-    ones = torch.ones(32, 8), torch.ones(4, 32)
-    found = curve(tokens, *ones, torch.ones(4), edges(tokens, *ones))
+    ones = low_rank(torch.ones(32, 8), torch.ones(4, 32))
+    found = curve(tokens, ones, torch.ones(4), edges(tokens, ones, CPU))
     assert price_for([found], 0.98) > 0
     quality = found.quality(0, 0, 32, 0.1)
     assert (quality.mass_kept, quality.recall, quality.selected, quality.nats_lost) == (1.0, 1.0, 0.0, 0.0)

@@ -28,13 +28,18 @@ def command(model: Model, json: Json = False) -> None:
     for key, value in record.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
         if isinstance(value, dict):
-            shown = f"ranks {value['ranks'][0]} to {value['ranks'][1]}, {value['share']:.1%} of the FFN's bytes"
+            shown = "the gates themselves"
+            if value["ranks"]:
+                shown = f"ranks {value['ranks'][0]} to {value['ranks'][1]}, {value['share']:.1%} of the FFN's bytes"
         table.add_row(key.replace("_", " "), output.plain("-" if value is None else shown))
     output.stdout_console().print(table)
 
 
 def _predictor(config: ModelConfig, tensors: Mapping[str, GGUFTensor]) -> dict[str, Any] | None:
-    """Predictors of a file: what they read, the widths of those layers that have one, and their share of FFN bytes."""
+    """Predictors of a file: what they read, the widths of those layers that have one, and their share of FFN bytes.
+
+    Gates that predict are no bytes of their own, and have no width.
+    """
     if config.predictor is None:
         return None
     parts: dict[str, int] = {"fc": 0, "ffn": 0}
@@ -42,6 +47,8 @@ def _predictor(config: ModelConfig, tensors: Mapping[str, GGUFTensor]) -> dict[s
         part = re.match(r"blk\.\d+\.(fc|ffn)(?!_norm|_gate_inp)", name)
         if part is not None:
             parts[part[1]] += tensor.data.size
+    if config.predictor.by_gate:
+        return {"input": "gate", "layers": config.n_layers, "ranks": None, "bytes": 0, "share": 0.0}
     ranks = [rank for rank in config.predictor.ranks if rank > 0]
     return {
         "input": "normed" if config.predictor.normed else "residual",

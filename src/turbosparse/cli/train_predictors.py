@@ -51,6 +51,14 @@ def command(
             "--end-to-end", min=0, metavar="STEPS", help="Then train all on the model's own output (as --together)."
         ),
     ] = 0,
+    gates: Annotated[
+        bool | None,
+        typer.Option(
+            "--gates/--no-gates",
+            help="The gates themselves predict, only thresholds are set.",
+            show_default="if ternary",
+        ),
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Drop the predictors that the model has.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -59,7 +67,7 @@ def command(
         from turbosparse.predict import Wish, train_predictors
 
     out = out or Path(f"{Path(model).name.removesuffix('.gguf')}-predictors.gguf")
-    wish = Wish(share, rank, recall, tokens, epochs, device.value, keep, together, end_to_end)
+    wish = Wish(share, rank, recall, tokens, epochs, device.value, keep, together, end_to_end, gates)
     with output.progress("training predictors") as report:
         result = train_predictors(model, data, out, wish, replace, report)
     if json:

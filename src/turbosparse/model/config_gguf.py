@@ -32,7 +32,7 @@ from turbosparse.model.gguf import POWERINFER_MAGIC, GGUFFile
 from turbosparse.model.rope import FACTOR_BOUNDS, THETA_BOUNDS
 
 FORMAT_VERSION = 3  # the newest that is read; 2 has activation thresholds, 3 a gate threshold
-PREDICTOR_INPUTS = ("normed", "residual")
+PREDICTOR_INPUTS = ("normed", "residual", "gate")
 SYNTHETIC_KEY = "turbosparse.synthetic"  # also in the files of dense models
 
 
@@ -145,12 +145,13 @@ def _predictor(fields: Fields, n_layers: int, ffns: int) -> Predictor | None:
         return None
     ranks = tuple(numbers(fields, "predictor.rank", int, n_layers))
     thresholds = tuple(numbers(fields, "predictor.threshold", float, n_layers * ffns))
-    if not 0 <= min(ranks) <= max(ranks) <= WIDTH[1] or max(ranks) == 0:
-        fields.fail("predictor.rank holds impossible sizes")
     source = fields.text("predictor.input")
     if source not in PREDICTOR_INPUTS:
         fields.fail(f"the predictor's input {source[:60]!r} is not one of {', '.join(PREDICTOR_INPUTS)}")
-    return Predictor(ranks, thresholds, normed=source == "normed", recall=_promised(fields, n_layers))
+    by_gate = source == "gate"
+    if not 0 <= min(ranks) <= max(ranks) <= WIDTH[1] or (max(ranks) == 0) != by_gate:
+        fields.fail("predictor.rank holds impossible sizes")
+    return Predictor(ranks, thresholds, source != "residual", _promised(fields, n_layers), by_gate)
 
 
 def _promised(fields: Fields, n_layers: int) -> tuple[float, ...] | None:

@@ -20,7 +20,7 @@ from turbosparse.model.config import ModelConfig
 from turbosparse.model.gguf import GGUFFile
 from turbosparse.predict.decoder import Decoder, embed
 from turbosparse.predict.fit import Tokens, fit, half
-from turbosparse.predict.measure import Curve, curve, edges
+from turbosparse.predict.measure import Curve, curve, edges, low_rank
 from turbosparse.predict.sinks import sinks
 
 _WINDOWS = 8  # at once
@@ -111,8 +111,8 @@ def quick_curves(
         seen, new = Tokens(x[learned], mass[learned]), Tokens(x[~learned], mass[~learned])
         of_layer = []
         for rank in ranks:
-            fc1, fc2 = fit(seen, others, rank, Type.F32, _QUICK_STEPS, layer, device)
-            of_layer.append(curve(new, fc1, fc2, others, edges(new, fc1, fc2)))
+            scores = low_rank(*fit(seen, others, rank, Type.F32, _QUICK_STEPS, layer, device))
+            of_layer.append(curve(new, scores, others, edges(new, scores, device)))
         curves.append(of_layer)
         progress((layer + 1) / config.n_layers)
     return curves

@@ -8,7 +8,7 @@ import numpy as np
 
 from turbosparse.predict.calibrate import price_for
 from turbosparse.predict.fit import Tokens
-from turbosparse.predict.measure import Curve, curve, edges
+from turbosparse.predict.measure import Curve, curve, edges, low_rank
 from turbosparse.predict.sinks import FEW_TOKENS, always_selecting
 from turbosparse.predict.stack import Stack
 from turbosparse.predict.together import Ground
@@ -38,9 +38,10 @@ def curves(
     found = []
     for layer, (predictor, tokens) in enumerate(zip(predictors, tuned, strict=True)):
         fc1, fc2 = ground.on_device(*predictor.matrices())
-        tried = edges(tokens, fc1, fc2)
+        scores = low_rank(fc1, fc2)
+        tried = edges(tokens, scores, fc1.device)
         on = tokens if measured is None else measured[layer]
-        found.append(curve(on, fc1, fc2, ground.nats[layer], tried))
+        found.append(curve(on, scores, ground.nats[layer].to(fc1.device), tried))
     return found
 
 

@@ -1,4 +1,7 @@
-"""Predictors beside the weights of a Hugging Face folder, for whoever exports it later: one safetensors file."""
+"""Predictors beside the weights of a Hugging Face folder, for whoever exports it later: one safetensors file.
+
+Of gates that predict it holds thresholds and promises alone.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def save_folder(folder: Path, predictors: Sequence[StoredPredictor]) -> None:
         _KEPT: np.array([layer.kept for layer in predictors], np.float32),
     }
     for index, layer in enumerate(predictors):
-        for name, matrix in zip(_names(index), layer.matrices(), strict=True):
+        for name, matrix in zip(_names(index), layer.matrices() if layer.rank else (), strict=layer.rank > 0):
             tensors[name] = matrix.astype(np.float16)
     with replacing(folder / FILE) as partial:
         save_file(tensors, partial)
@@ -51,6 +54,8 @@ def load_folder(folder: Path, kind: Type) -> list[StoredPredictor]:
         kept = tensors.pop(_KEPT, np.zeros_like(thresholds)).astype(np.float32)
         if kept.shape != thresholds.shape or not ((kept >= 0) & (kept <= 1)).all():
             raise ValueError("the shares that its layers keep are none")
+        if not tensors:
+            return [StoredPredictor.of_gate(*map(float, layer)) for layer in zip(thresholds, kept, strict=True)]
         predictors = []
         for index, threshold in enumerate(thresholds):
             fc1, fc2 = (tensors.pop(name).astype(np.float32) for name in _names(index))
@@ -79,8 +84,8 @@ def attach(folder: Path, path: Path) -> None:
             raise UserError(f"{folder / FILE}: predictors are for sparse models with one FFN a layer; delete it.")
         kind = file.tensors["blk.0.ffn_gate.weight"].type
         predictors = load_folder(folder, kind)
-        shapes = {(layer.shapes[0][1], layer.shapes[1][0]) for layer in predictors}
-        if len(predictors) != config.n_layers or shapes != {(config.hidden_size, config.ffn_size)}:
+        shapes = {(layer.shapes[0][1], layer.shapes[1][0]) for layer in predictors if layer.rank}
+        if len(predictors) != config.n_layers or not shapes <= {(config.hidden_size, config.ffn_size)}:
             raise UserError(f"{folder / FILE} is of another model; delete it, or train predictors for this one.")
         write_predictors(file, path, predictors)
 

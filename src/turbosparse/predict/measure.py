@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,17 @@ _SOME = 8  # of so many tokens, one says where scores lie
 _BINS = 1 << 12
 
 Floats = npt.NDArray[np.float64]
+Scores = Callable[[Tensor], Tensor]  # of an FFN's inputs, float32 [tokens, hidden]: float32 [tokens, ffn]
+
+
+def low_rank(fc1: Tensor, fc2: Tensor) -> Scores:
+    """fc2 relu(fc1 x), on the device of the matrices, [rank, hidden] and [ffn, rank]."""
+    return lambda x: torch.relu(x @ fc1.T) @ fc2.T
+
+
+def by_gate(gate: Tensor) -> Scores:
+    """The gate itself, of its weight [ffn, hidden]."""
+    return lambda x: x @ gate.T
 
 
 @dataclass(frozen=True)
@@ -89,10 +100,10 @@ class Curve:
         )
 
 
-def edges(tokens: Tokens, fc1: Tensor, fc2: Tensor) -> npt.NDArray[np.float32]:
+def edges(tokens: Tokens, scores: Scores, device: torch.device) -> npt.NDArray[np.float32]:
     """Thresholds to try: the lowest score, and others with as many scores between each two of them."""
     lowest, some = np.inf, []
-    for score, _ in _scores(tokens, fc1, fc2):
+    for score, _ in _scored(tokens, scores, device):
         lowest = min(lowest, float(score.min()))
         some.append(score[::_SOME].reshape(-1))
     ordered = torch.cat(some).sort().values
@@ -100,23 +111,26 @@ def edges(tokens: Tokens, fc1: Tensor, fc2: Tensor) -> npt.NDArray[np.float32]:
     return np.unique(np.append(ordered[at.to(ordered.device)].cpu().numpy(), lowest).astype(np.float32))
 
 
-def curve(tokens: Tokens, fc1: Tensor, fc2: Tensor, worth: Tensor, tried: npt.NDArray[np.float32]) -> Curve:
-    """The curve of a predictor over the thresholds `tried`; `worth` [ffn] is what its neurons cost (fit.nats)."""
-    borders = torch.from_numpy(tried).to(fc1.device)
-    counted = torch.zeros(4, len(tried) + 1, dtype=torch.float64, device=fc1.device)
-    for score, mass in _scores(tokens, fc1, fc2):
+def curve(tokens: Tokens, scores: Scores, worth: Tensor, tried: npt.NDArray[np.float32]) -> Curve:
+    """The curve of a predictor over the thresholds `tried`; `worth` [ffn] is what its neurons cost (fit.nats).
+
+    Computed where `worth` lies, which is where the predictor does.
+    """
+    borders = torch.from_numpy(tried).to(worth.device)
+    counted = torch.zeros(4, len(tried) + 1, dtype=torch.float64, device=worth.device)
+    for score, mass in _scored(tokens, scores, worth.device):
         bins = torch.bucketize(score.reshape(-1), borders, right=True)  # 0: below them all
-        for kind, weights in enumerate((torch.ones_like(mass), mass > 0, mass, nats(mass, worth.to(mass.device)))):
+        for kind, weights in enumerate((torch.ones_like(mass), mass > 0, mass, nats(mass, worth))):
             counted[kind] += torch.bincount(bins, weights.reshape(-1).double(), len(tried) + 1)
     per_token = counted.cpu().numpy() / len(tokens.x)
     sums = per_token[:, :0:-1].cumsum(1)[:, ::-1]
     return Curve(tried, sums, sums[:, 0] + per_token[:, 0])
 
 
-def _scores(tokens: Tokens, fc1: Tensor, fc2: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _scored(tokens: Tokens, scores: Scores, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """(scores, mass), float32 [some tokens, ffn], of all tokens."""
-    rows = _ROWS if fc1.device.type == "cpu" else _ROWS_ON_DEVICE
+    rows = _ROWS if device.type == "cpu" else _ROWS_ON_DEVICE
     with torch.inference_mode():
         for start in range(0, len(tokens.x), rows):
-            x, mass = tokens.batch(slice(start, start + rows), fc1.device)
-            yield torch.relu(x @ fc1.T) @ fc2.T, mass
+            x, mass = tokens.batch(slice(start, start + rows), device)
+            yield scores(x), mass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from turbosparse.model.gguf import GGUFFile
 from turbosparse.model.resolve import resolve_gguf
 from turbosparse.model.tokenizer import Tokenizer
 from turbosparse.predict.folder import save_folder
+from turbosparse.predict.gates import gates_are_ternary
 from turbosparse.predict.joint import Joint
 from turbosparse.predict.measure import LayerQuality
 from turbosparse.predict.wish import Wish
@@ -53,7 +55,7 @@ class Report:
 def train_predictors(
     model: str | Path, data: Path, out: Path, wish: Wish, replace: bool = False, progress: Progress | None = None
 ) -> Report:
-    """Fit a predictor for every layer of a sparse model and write the model with them.
+    """Fit a predictor for every layer of a sparse model, or let its gates predict, and write the model with them.
 
     Args:
         model: a GGUF file or what else `resolve_gguf` takes, or a Hugging Face folder, which is stored as Q4_0 first
@@ -77,6 +79,8 @@ def train_predictors(
     with GGUFFile.open(source) as file:
         config = ModelConfig.from_gguf(file)
         _check_model(source, config, wish, replace)
+        if wish.gates is None:
+            wish = dataclasses.replace(wish, gates=not wish.trains_by_choice and gates_are_ternary(file, config))
         pieces = _windows(file, config, data, wish.tokens)
         report = progress or (lambda done, total: None)
         in_memory = wish.together or wish.end_to_end > 0

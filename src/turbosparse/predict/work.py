@@ -20,8 +20,9 @@ from turbosparse.model.gguf import GGUFFile
 from turbosparse.predict.budget import affordable, ffn_bytes, kinds_of
 from turbosparse.predict.calibrate import price_for
 from turbosparse.predict.collect import Collector, quick_curves
+from turbosparse.predict.decoder import tensor_of
 from turbosparse.predict.fit import BATCH, Tokens, fit
-from turbosparse.predict.measure import Curve, LayerQuality, curve, edges
+from turbosparse.predict.measure import Curve, LayerQuality, Scores, by_gate, curve, edges, low_rank
 from turbosparse.predict.ranks import cost, share_out, tried
 from turbosparse.predict.sensitivity import sensitivities
 from turbosparse.predict.sinks import FEW_TOKENS, always_selecting, sinks
@@ -78,13 +79,13 @@ class Work:
         self._file, self._config, self._wish, self._folder, self._progress = file, config, wish, folder, progress
         self._device = device_of(wish.device)
         self._collector = Collector(file, config, pieces, folder, self._device)
-        held_out = 1 if wish.keep else HELD_OUT
+        held_out = 1 if wish.keep or wish.gates else HELD_OUT
         which = np.arange(len(pieces)) % (2 * held_out)
         self._tuned, self._measured = (
             np.repeat(which == place, len(pieces[0])) for place in (held_out - 1, 2 * held_out - 1)
         )
         self._kinds = self._types()
-        fixed = wish.rank is not None or wish.keep
+        fixed = wish.rank is not None or wish.keep or wish.gates
         self._blocks = 0 if fixed else affordable(file, config, self._kinds, wish.share)
         # Evenly from all of the text but what is measured on.
         known = [piece for piece, place in zip(pieces, which, strict=True) if place != 2 * held_out - 1]
@@ -125,13 +126,22 @@ class Work:
     def _measure(self, layer: int, tokens: Tokens) -> Fitted:
         tuned, measured = (Tokens(tokens.x[part], tokens.mass[part]) for part in (self._tuned, self._measured))
         worth = self._worth[layer]
+        stored, scores = self._gate(layer) if self._wish.gates else self._low_rank(layer, tokens, tuned)
+        tried_scores = edges(tuned, scores, self._device)
+        return Fitted(stored, *(curve(part, scores, worth, tried_scores) for part in (tuned, measured)))
+
+    def _gate(self, layer: int) -> tuple[StoredPredictor, Scores]:
+        weight = tensor_of(self._file, f"blk.{layer}.ffn_gate.weight", self._device)
+        return StoredPredictor.of_gate(), by_gate(weight)
+
+    def _low_rank(self, layer: int, tokens: Tokens, tuned: Tokens) -> tuple[StoredPredictor, Scores]:
+        worth = self._worth[layer]
         largest = torch.from_numpy(tokens.mass[~self._measured].max(0)).to(self._device).float()
         always = sinks(largest, worth)
         stored = self._kept(layer) if self._wish.keep else self._fit(layer, tokens, torch.where(always, 0.0, worth))
         stored = always_selecting(stored, always, tuned.batch(slice(FEW_TOKENS), self._device)[0])
         fc1, fc2 = (torch.from_numpy(matrix).to(self._device) for matrix in stored.matrices())
-        scores = edges(tuned, fc1, fc2)
-        return Fitted(stored, *(curve(part, fc1, fc2, worth, scores) for part in (tuned, measured)))
+        return stored, low_rank(fc1, fc2)
 
     def _fit(self, layer: int, tokens: Tokens, worth: Tensor) -> StoredPredictor:
         learned = ~(self._tuned | self._measured)
@@ -164,6 +174,8 @@ class Work:
     def _choose_ranks(self) -> list[int]:
         """The same wherever the run was interrupted: they are kept, too."""
         layers = self._config.n_layers
+        if self._wish.gates:
+            return [0] * layers
         if self._wish.keep and self._config.predictor is not None:
             return list(self._config.predictor.ranks)
         if self._wish.rank is not None:

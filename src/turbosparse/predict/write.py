@@ -37,6 +37,8 @@ class StoredPredictor:
         shapes: (rank, hidden) and (ffn, rank).
         threshold: a neuron is selected where its score reaches it.
         kept: share of |h| that this keeps on held-out text; 0 where it was not measured.
+
+    A gate that is its own predictor has a rank of 0.
     """
 
     fc1: npt.NDArray[np.uint8]
@@ -54,6 +56,12 @@ class StoredPredictor:
         (rank, hidden), (ffn, _) = fc1.shape, fc2.shape
         shapes = (rank, hidden), (ffn, rank)
         return cls(quantize(fc1, kinds[0]), quantize(fc2, kinds[1]), kinds, shapes, threshold, kept)
+
+    @classmethod
+    def of_gate(cls, threshold: float = 0.0, kept: float = 0.0) -> StoredPredictor:
+        """The gate itself: only a threshold."""
+        nothing = np.empty((0, 0), np.uint8)
+        return cls(nothing, nothing, (Type.F32, Type.F32), ((0, 0), (0, 0)), threshold, kept)
 
     def matrices(self) -> tuple[Floats, Floats]:
         """fc1 and fc2 as a reader gets them."""
@@ -75,11 +83,14 @@ class StoredPredictor:
 def write_predictors(file: GGUFFile, out: Path, predictors: Sequence[StoredPredictor]) -> None:
     """Write `file` to `out` with one predictor a layer, which reads the FFN's normed input; it replaces those it had.
 
+    Either all of them have matrices, or all are gates.
+
     Raises:
         UserError: `out` cannot be written.
     """
     tensors = [copy_tensor(tensor) for name, tensor in file.tensors.items() if not name.endswith(_MATRICES)]
-    for index, layer in enumerate(predictors):
+    by_gate = all(layer.rank == 0 for layer in predictors)
+    for index, layer in enumerate([] if by_gate else predictors):
         for name, rows, kind, shape in zip(_MATRICES, (layer.fc1, layer.fc2), layer.kinds, layer.shapes, strict=True):
             tensors.append(Copy(f"blk.{index}{name}", shape, kind, partial(_whole, rows)))
     ranks, thresholds, kept = (
@@ -92,7 +103,7 @@ def write_predictors(file: GGUFFile, out: Path, predictors: Sequence[StoredPredi
             for key in file.metadata:
                 if not key.startswith(_KEYS) and key not in _WRITTEN:
                     copy_key(file, key, writer)
-            write_predictor(writer, Predictor(ranks, thresholds, True, promised), ARCHITECTURE)
+            write_predictor(writer, Predictor(ranks, thresholds, True, promised, by_gate), ARCHITECTURE)
             write_copies(writer, tensors, None)
         finally:
             writer.close()
