@@ -78,6 +78,22 @@ def test_ternary_gates_predict_unless_something_else_is_asked_for(file, text, tm
     assert not _predictor(out).by_gate and min(_predictor(out).ranks) > 0
 
 
+def test_the_command_says_that_nothing_was_trained(file, text, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "turbosparse",
+        "train-predictors",
+        file,
+        "--data",
+        text,
+        "--out",
+        tmp_path / "x.gguf",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert "--no-gates" in done.stderr and "0.0 %" in done.stdout
+
+
 def test_any_gates_can_be_asked_to(tiny_gguf, text, tmp_path):
     out, higher = tmp_path / "out.gguf", tmp_path / "higher.gguf"
     train_predictors(tiny_gguf("llama", "drelu", "q8_0"), text, out, Wish(gates=True, recall=0.8))

@@ -74,6 +74,8 @@ def command(
         output.emit(result.to_json())
         return
     output.stdout_console().print(_table(result))
+    if all(layer.rank == 0 for layer in result.layers):
+        output.notice("the gates themselves predict, only thresholds were set; --no-gates trains networks instead")
     output.notice(f"written; now: turbosparse run {out} --mode predicted -p 'Once upon a time'")
 
 
