@@ -120,7 +120,7 @@ void Forward::sparse_ffn(Member& member, const Pass& pass, int64_t index) {
   Scratch& s = scratch_[member.rank()];
   const Inputs x = route(member, pass, index);
   const bool predicts = scores_wanted(pass, index);
-  const Inputs hidden = predicts && !layer.by_gate ? predictor_hidden(member, pass, layer, x) : Inputs{};
+  const Inputs hidden = predicts && !config_.gates_predict() ? predictor_hidden(member, pass, layer, x) : Inputs{};
   const auto rows_of = [&](const Routing::Group& group) {
     Pass part = pass;
     part.rows = &s.slots[group.first];
@@ -148,7 +148,7 @@ void Forward::sparse_ffn(Member& member, const Pass& pass, int64_t index) {
 
 // Counting needs everything.
 Forward::Whole Forward::whole_of(const Pass& pass, int64_t index, bool predicts) const {
-  Whole whole{predicts, counts_ != nullptr || (predicts && model_->layers()[index].by_gate), counts_ != nullptr};
+  Whole whole{predicts, counts_ != nullptr || (predicts && config_.gates_predict()), counts_ != nullptr};
   for (int64_t t = 0; t < pass.n; ++t) {
     const Mode mode = mode_of(pass, t, index);
     whole.gates = whole.gates || mode != Mode::predicted;
@@ -176,7 +176,7 @@ void Forward::whole_products(Member& member, const Ffn& ffn, const Whole& whole,
 Mode Forward::mode_of(const Pass& pass, int64_t row, int64_t layer) const {
   Mode mode = pass.mode;
   if (automatic(mode)) mode = pass.decode ? pass.rows[row].session->choice_.of(layer) : Mode::exact;
-  return mode == Mode::predicted && !model_->layers()[layer].predicts() ? Mode::exact : mode;
+  return mode == Mode::predicted && !model_->predicts(layer) ? Mode::exact : mode;
 }
 
 // Whether a pass shows what the predictor of a layer misses.
@@ -188,7 +188,7 @@ bool Forward::audits(const Pass& pass, int64_t layer) const {
 }
 
 bool Forward::scores_wanted(const Pass& pass, int64_t index) const {
-  if (!model_->layers()[index].predicts()) return false;
+  if (!model_->predicts(index)) return false;
   bool wanted = counts_ != nullptr || audits(pass, index);
   for (int64_t t = 0; t < pass.n; ++t) {
     const bool counting = pass.mode == Mode::automatic_predicted && pass.rows[t].session->choice_.counting();
@@ -201,7 +201,7 @@ bool Forward::scores_wanted(const Pass& pass, int64_t index) const {
 Forward::Inputs Forward::predictor_hidden(Member& member, const Pass& pass, const Layer& layer, const Inputs& x) {
   const Routing& routing = scratch_[member.rank()].routing;
   const int64_t rank = layer.ffns[0].fc1.rows, slots = routing.slots();
-  const Inputs seen = config_.predictor_normed
+  const Inputs seen = config_.predictor_input == PredictorInput::normed
                           ? x
                           : prepare(member, pass.n == 1 ? 1 : slots, layer.ffns[0].fc1, residual_.data(),
                                     config_.hidden, nullptr, kPredictor, routing.row.data());
@@ -341,7 +341,7 @@ int64_t Forward::select(Scratch& s, const Pass& pass, const Neurons& at, int64_t
   // score >= threshold is score > the number before it, and the difference of two floats is positive where they differ.
   const float below = std::nextafter(pass.rows[row].session->audit_.threshold(at.index, at.expert), -INFINITY);
   float* score = row_of(scores(), at, row);
-  const float* found = model_->layers()[at.index].by_gate ? row_of(gates(), at, row) : score;
+  const float* found = config_.gates_predict() ? row_of(gates(), at, row) : score;
   for (int64_t i = 0; i < at.n; ++i) score[i] = found[i] - below;
   return kernels_.positive(score, at.n, s.open.data());
 }
@@ -381,8 +381,8 @@ void Forward::count_read(Scratch& s, const Pass& pass, const Neurons& at, int64_
 // What the neurons of a row do, and what the predictor says of them; every gate and up is known.
 void Forward::count_row(const Pass& pass, const Neurons& at, int64_t row) {
   const float *gates_of = row_of(gates(), at, row), *ups_of = row_of(ups(), at, row);
-  const Layer& layer = model_->layers()[at.index];
-  const float* scores_of = layer.by_gate ? gates_of : row_of(scores(), at, row);
+  const bool predicts = model_->predicts(at.index);
+  const float* scores_of = config_.gates_predict() ? gates_of : row_of(scores(), at, row);
   const int64_t base = (at.index * config_.ffns() + at.expert) * config_.ffn + at.first;
   const bool relu_up = config_.activation == Activation::drelu;
   const float threshold = pass.rows[row].session->audit_.threshold(at.index, at.expert);
@@ -394,7 +394,7 @@ void Forward::count_row(const Pass& pass, const Neurons& at, int64_t row) {
     counts_->up[base + i] += up > 0;
     counts_->h[base + i] += fires;
     counts_->mass[base + i] += std::fabs(h);
-    if (!layer.predicts()) continue;
+    if (!predicts) continue;
     const bool selected = scores_of[i] >= threshold;
     counts_->selected[base + i] += selected;
     counts_->hit[base + i] += selected && fires;

@@ -235,7 +235,6 @@ void Model::finish() {
     // Outputs of experts are added to the stream one by one.
     if (l.router.rows && l.post_ffn_norm) fail("experts whose sum is normed are not supported");
     l.sliding = config_.slides(static_cast<int64_t>(i));
-    l.by_gate = config_.predictor_by_gate;
   }
   const Config& c = config_;
   frequencies_ = frequencies_of(c.rope_theta, c.rope_scale, c.head_dim, rope_factors_);

@@ -20,6 +20,9 @@
 
 namespace turbosparse {
 
+// What a predictor reads: the stream before the FFN's norm, or the FFN's input; or the gates are the scores, and there are
+// no matrices.
+enum class PredictorInput { residual, normed, gate };
 enum class Activation { drelu, reglu, swiglu, geglu };
 
 // Mirrors turbosparse.model.config.ModelConfig; see there for what each field means.
@@ -38,8 +41,7 @@ struct Config {
   std::vector<float> predictor_thresholds;
   std::vector<float> activation_thresholds;  // one a layer, or none: a smaller |h| becomes zero
   float gate_threshold = 0;                  // a positive gate below it counts as zero
-  bool predictor_normed = false;             // it reads the FFN's input; else the residual stream before the norm
-  bool predictor_by_gate = false;            // gates are the scores, and there are no matrices
+  PredictorInput predictor_input = PredictorInput::residual;
 
   bool sparse() const { return activation == Activation::drelu || activation == Activation::reglu; }
   int64_t q_size() const { return heads * head_dim; }
@@ -49,7 +51,8 @@ struct Config {
   bool slides(int64_t layer) const {
     return sliding_window > 0 && layer < static_cast<int64_t>(sliding_layers.size()) && sliding_layers[layer];
   }
-  bool predicts() const { return predictor_by_gate || widest_predictor() > 0; }
+  bool gates_predict() const { return predictor_input == PredictorInput::gate; }
+  bool predicts() const { return gates_predict() || widest_predictor() > 0; }
   int64_t widest_predictor() const {
     return predictor_ranks.empty() ? 0 : *std::max_element(predictor_ranks.begin(), predictor_ranks.end());
   }
@@ -76,9 +79,6 @@ struct Layer {
   const float* k_bias = nullptr;
   const float* v_bias = nullptr;
   bool sliding = false;
-  bool by_gate = false;  // its gates are the predictor's scores
-
-  bool predicts() const { return by_gate || ffns[0].fc1.rows > 0; }
 };
 
 class Model {
@@ -113,6 +113,7 @@ class Model {
   Counts* counts() { return counts_.get(); }  // null while counting is off
   void count(bool on);
   const std::vector<Layer>& layers() const { return layers_; }
+  bool predicts(int64_t layer) const { return config_.gates_predict() || layers_[layer].ffns[0].fc1.rows > 0; }
   const Matrix& embedding() const { return embedding_; }
   const Matrix& head() const { return head_.rows ? head_ : embedding_; }
   const float* output_norm() const { return output_norm_; }

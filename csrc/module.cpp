@@ -59,6 +59,13 @@ Activation activation_named(const std::string& name) {
   throw std::invalid_argument("unknown activation " + name);
 }
 
+PredictorInput predictor_input_named(const std::string& name) {
+  if (name == "residual") return PredictorInput::residual;
+  if (name == "normed") return PredictorInput::normed;
+  if (name == "gate") return PredictorInput::gate;
+  throw std::invalid_argument("unknown input of a predictor " + name);
+}
+
 // A ModelConfig of Python; None becomes 0.
 Config config_from(nb::handle source) {
   const auto number = [&](const char* name) {
@@ -95,8 +102,7 @@ Config config_from(nb::handle source) {
   if (const nb::object predictor = source.attr("predictor"); !predictor.is_none()) {
     c.predictor_ranks = nb::cast<std::vector<int64_t>>(predictor.attr("ranks"));
     c.predictor_thresholds = nb::cast<std::vector<float>>(predictor.attr("thresholds"));
-    c.predictor_normed = nb::cast<bool>(predictor.attr("normed"));
-    c.predictor_by_gate = nb::cast<bool>(predictor.attr("by_gate"));
+    c.predictor_input = predictor_input_named(nb::cast<std::string>(predictor.attr("input")));
   }
   if (const nb::object thresholds = source.attr("activation_thresholds"); !thresholds.is_none()) {
     c.activation_thresholds = nb::cast<std::vector<float>>(thresholds);

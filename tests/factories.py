@@ -22,6 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from turbosparse.model.gguf import GGUFFile
 from turbosparse.model.pretokenizers import PRE_TOKENIZERS
 from turbosparse.relufy.drelu import FAMILIES as SPARSE
+from turbosparse.relufy.rounded import settle_rounded
+from turbosparse.relufy.ternary import use_ternary_gates
 
 DENSE = "dense"
 ACTIVATIONS = (DENSE, "drelu", "reglu")
@@ -103,6 +105,15 @@ def make_folder(folder: Path, family: str, activation: str = DENSE, seed: int = 
         sparse = {"model_type": f"turbosparse_{model_type}", "activation": activation}
         config.write_text(json.dumps(json.loads(config.read_text()) | sparse))
     write_tokenizer(folder)
+    return folder
+
+
+def make_ternary_folder(folder: Path) -> Path:
+    """Write a tiny random dReLU Llama whose gates have three values a row; returns `folder`."""
+    model = AutoModelForCausalLM.from_pretrained(make_folder(folder, "llama", "drelu"), dtype=torch.float32)
+    use_ternary_gates(model)
+    settle_rounded(model)
+    model.save_pretrained(folder)
     return folder
 
 

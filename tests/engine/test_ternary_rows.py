@@ -7,17 +7,14 @@ import numpy as np
 import pytest
 import torch
 from agreement import TOKENS, check_same_bits, equal_bits, logits_error
-from factories import make_folder
+from factories import make_ternary_folder
 from reference import kernels as reference
-from transformers import AutoModelForCausalLM
 
-import turbosparse  # noqa: F401  registers the sparse model types
 from turbosparse._native import isas, kernels
 from turbosparse.engine import Engine
 from turbosparse.model.export import export_gguf
 from turbosparse.model.quantize import dequantize, quantize
-from turbosparse.relufy.rounded import settle_rounded
-from turbosparse.relufy.ternary import ternary, use_ternary_gates
+from turbosparse.relufy.ternary import ternary
 
 ISAS = kernels.available()
 COLS = (32, 64, 96, 160, 576, 1536)  # groups of 16, 8, 4, 2 and 1 blocks
@@ -143,11 +140,7 @@ def test_trained_rows_are_written_as_what_the_engine_looks_for(source, cols):
 def files(tmp_path_factory):
     """A tiny dReLU model whose gates are ternary, as Q4_0 and Q8_0."""
     folder = tmp_path_factory.mktemp("ternary")
-    source = make_folder(folder / "plain", "llama", "drelu")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    use_ternary_gates(model)
-    settle_rounded(model)
-    model.save_pretrained(source)
+    source = make_ternary_folder(folder / "plain")
     paths = {quant: folder / f"{quant}.gguf" for quant in ("q4_0", "q8_0")}
     for quant, path in paths.items():
         export_gguf(source, path, quant)

@@ -61,7 +61,7 @@ def test_it_runs_as_the_same_weights_in_our_format_do(pair, kind):
     theirs, ours = pair(*kind)
     config = _config(theirs)
     assert (config.family, config.activation) == kind[1:]
-    assert config.predictor == Predictor((32, 32), (THRESHOLD, THRESHOLD), normed=False)
+    assert config.predictor == Predictor((32, 32), (THRESHOLD, THRESHOLD), "residual")
     _same_logits(theirs, ours)
 
 

@@ -110,7 +110,7 @@ def test_predictors_beside_the_ffn_come_along(tmp_path, layout):
     export_gguf(folder, tmp_path / "b.gguf", "f32")
     config = _config(tmp_path / "a.gguf")
     ffns = 2 * config.ffns
-    assert config.predictor == Predictor((RANK, RANK), (0.25,) * ffns, normed=False)
+    assert config.predictor == Predictor((RANK, RANK), (0.25,) * ffns, "residual")
     assert _config(tmp_path / "b.gguf").predictor.thresholds == (0.0,) * ffns  # where nobody states one
     weights = load_file(folder / "model.safetensors")
     with GGUFFile.open(tmp_path / "b.gguf") as file:

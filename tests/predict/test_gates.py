@@ -6,11 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-from factories import make_folder, write_tokenizer
-from transformers import AutoModelForCausalLM
+from factories import make_ternary_folder
 
-import turbosparse  # noqa: F401  registers the sparse model types
 from turbosparse.engine import Engine
 from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig
@@ -18,20 +15,12 @@ from turbosparse.model.export import export_gguf
 from turbosparse.model.gguf import GGUFFile
 from turbosparse.predict import Wish, train_predictors
 from turbosparse.predict.gates import gates_are_ternary
-from turbosparse.relufy.rounded import settle_rounded
-from turbosparse.relufy.ternary import use_ternary_gates
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny dReLU model whose gates are ternary."""
-    folder = make_folder(tmp_path_factory.mktemp("ternary") / "hf", "llama", "drelu")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    use_ternary_gates(model)
-    settle_rounded(model)
-    model.save_pretrained(folder)
-    write_tokenizer(folder)
-    return folder
+    return make_ternary_folder(tmp_path_factory.mktemp("ternary") / "hf")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +54,7 @@ def test_ternary_gates_predict_unless_something_else_is_asked_for(file, text, tm
     out = tmp_path / "out.gguf"
     report = train_predictors(file, text, out, Wish(recall=0.9))
     predictor = _predictor(out)
-    assert predictor.by_gate and predictor.ranks == (0, 0) and min(predictor.thresholds) > 0
+    assert predictor.input == "gate" and predictor.ranks == (0, 0) and min(predictor.thresholds) > 0
     assert report.mean("bytes_share") == 0 and report.mean("mass_kept") == pytest.approx(0.9, abs=0.03)
     engine = Engine.load(out)
     engine.count_activations()
@@ -75,7 +64,7 @@ def test_ternary_gates_predict_unless_something_else_is_asked_for(file, text, tm
     assert 1 - counts.missed.sum() / counts.mass.sum() == pytest.approx(0.9, abs=0.05)
     assert counts.selected.sum() / counts.h.sum() == pytest.approx(report.mean("selected"), rel=0.2)
     train_predictors(out, text, out, Wish(gates=False, share=0.7, epochs=0.5), replace=True)
-    assert not _predictor(out).by_gate and min(_predictor(out).ranks) > 0
+    assert _predictor(out).input == "normed" and min(_predictor(out).ranks) > 0
 
 
 def test_the_command_says_that_nothing_was_trained(file, text, tmp_path):
@@ -98,7 +87,7 @@ def test_any_gates_can_be_asked_to(tiny_gguf, text, tmp_path):
     out, higher = tmp_path / "out.gguf", tmp_path / "higher.gguf"
     train_predictors(tiny_gguf("llama", "drelu", "q8_0"), text, out, Wish(gates=True, recall=0.8))
     train_predictors(out, text, higher, Wish(gates=True, recall=0.99), replace=True)
-    assert _predictor(out).by_gate and sum(_predictor(higher).thresholds) < sum(_predictor(out).thresholds)
+    assert _predictor(out).input == "gate" and sum(_predictor(higher).thresholds) < sum(_predictor(out).thresholds)
     with pytest.raises(UserError, match="--keep"):
         train_predictors(out, text, higher, Wish(keep=True))
 
@@ -113,7 +102,7 @@ def test_a_folder_keeps_its_thresholds_for_exports(folder, text, tmp_path):
     out, exported = tmp_path / "out.gguf", tmp_path / "exported.gguf"
     train_predictors(folder, text, out, Wish(recall=0.9))
     subprocess.run([sys.executable, "-m", "turbosparse", "export", folder, exported], check=True, timeout=60)
-    assert _predictor(out).by_gate and _predictor(out) == _predictor(exported)
+    assert _predictor(out).input == "gate" and _predictor(out) == _predictor(exported)
     shown = subprocess.run(
         [sys.executable, "-m", "turbosparse", "info", exported], check=True, timeout=60, capture_output=True, text=True
     )

@@ -227,7 +227,7 @@ def test_the_file_has_predictors_that_run_and_everything_else_as_it_was(tiny_ggu
             assert copied.type == tensor.type and copied.shape == tensor.shape
             assert np.array_equal(copied.data, tensor.data)
         predictor = ModelConfig.from_gguf(after).predictor
-        assert predictor is not None and predictor.ranks == (32, 32) and predictor.normed
+        assert predictor is not None and predictor.ranks == (32, 32) and predictor.input == "normed"
         assert after.tensors["blk.1.fc2.weight"].type.name.lower() == quant
     engine = Engine.load(out)
     words = next(read_documents(text))

@@ -10,22 +10,28 @@ from transformers import AutoModelForCausalLM
 import turbosparse  # noqa: F401  registers the sparse model types
 from turbosparse.model.quantize import Type, dequantize, quantize
 from turbosparse.relufy.objective import ffns
-from turbosparse.relufy.quantized import q4_0, use_q4_0
+from turbosparse.relufy.quantized import q4_0, q8_0, use_q4_0
 from turbosparse.relufy.rounded import settle_rounded
 from turbosparse.relufy.ternary import TernaryGate, use_ternary_gates
 
 
-def _through_a_file(weight: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(dequantize(quantize(weight.numpy(), Type.Q4_0).reshape(-1), Type.Q4_0, tuple(weight.shape)))
+def _through_a_file(weight: torch.Tensor, kind: Type = Type.Q4_0) -> torch.Tensor:
+    return torch.from_numpy(dequantize(quantize(weight.numpy(), kind).reshape(-1), kind, tuple(weight.shape)))
 
 
+# The smallest sizes have scales near float16's smallest normal number; below it, Q8_0's 127 steps need more digits.
+@pytest.mark.parametrize(
+    ("kind", "rounding", "size"),
+    [(Type.Q4_0, q4_0, size) for size in (1e-4, 0.05, 30.0)] + [(Type.Q8_0, q8_0, size) for size in (0.01, 0.05, 30.0)],
+)
 @pytest.mark.parametrize("columns", [32, 96, 576])
-@pytest.mark.parametrize("size", [1e-4, 0.05, 30.0])
-def test_a_rounded_weight_comes_through_a_file_as_it_is(columns, size):
+def test_a_rounded_weight_comes_through_a_file_as_it_is(kind, rounding, size, columns):
     torch.manual_seed(columns)
-    rounded = q4_0(torch.randn(40, columns) * size)
-    assert torch.equal(_through_a_file(rounded), rounded)
-    assert torch.equal(q4_0(rounded), rounded)
+    weight = torch.randn(40, columns) * size
+    rounded = rounding(weight)
+    assert torch.equal(_through_a_file(rounded, kind), rounded)
+    assert torch.equal(rounding(rounded), rounded)
+    assert (rounded - weight).norm() < (0.12 if kind is Type.Q4_0 else 0.01) * weight.norm()
 
 
 def test_a_rounded_weight_is_near():

@@ -47,13 +47,11 @@ def _predictor(config: ModelConfig, tensors: Mapping[str, GGUFTensor]) -> dict[s
         part = re.match(r"blk\.\d+\.(fc|ffn)(?!_norm|_gate_inp)", name)
         if part is not None:
             parts[part[1]] += tensor.data.size
-    if config.predictor.by_gate:
-        return {"input": "gate", "layers": config.n_layers, "ranks": None, "bytes": 0, "share": 0.0}
     ranks = [rank for rank in config.predictor.ranks if rank > 0]
     return {
-        "input": "normed" if config.predictor.normed else "residual",
-        "layers": len(ranks),
-        "ranks": [min(ranks), max(ranks)],
+        "input": config.predictor.input,
+        "layers": len(ranks) or config.n_layers,
+        "ranks": [min(ranks), max(ranks)] if ranks else None,
         "bytes": parts["fc"],
         "share": parts["fc"] / parts["ffn"],
     }

@@ -17,17 +17,16 @@ class Predictor:
     Attributes:
         ranks: rows of fc1 in each layer; 0 where a layer has no predictor.
         thresholds: of the scores in each layer, and with experts in each expert of it.
-        normed: x is the input of the FFN; else the residual stream before the FFN's norm, as in PowerInfer.
-        by_gate: there are no matrices, all ranks are 0, and the score is the gate itself, which has to be cheap.
+        input: what x is: "normed", the input of the FFN, or "residual", the stream before the FFN's norm, as in
+            PowerInfer. Or "gate": there are no matrices, all ranks are 0, and the score is the gate itself.
         recall: share of the sum of |h| that the thresholds keep in each layer, below 1 and 0 for a layer of which
             nothing is said; None where the file says nothing.
     """
 
     ranks: tuple[int, ...]
     thresholds: tuple[float, ...]
-    normed: bool
+    input: str
     recall: tuple[float, ...] | None = None
-    by_gate: bool = False
 
 
 @dataclass(frozen=True)

@@ -148,10 +148,9 @@ def _predictor(fields: Fields, n_layers: int, ffns: int) -> Predictor | None:
     source = fields.text("predictor.input")
     if source not in PREDICTOR_INPUTS:
         fields.fail(f"the predictor's input {source[:60]!r} is not one of {', '.join(PREDICTOR_INPUTS)}")
-    by_gate = source == "gate"
-    if not 0 <= min(ranks) <= max(ranks) <= WIDTH[1] or (max(ranks) == 0) != by_gate:
+    if not 0 <= min(ranks) <= max(ranks) <= WIDTH[1] or (max(ranks) == 0) != (source == "gate"):
         fields.fail("predictor.rank holds impossible sizes")
-    return Predictor(ranks, thresholds, source != "residual", _promised(fields, n_layers), by_gate)
+    return Predictor(ranks, thresholds, source, _promised(fields, n_layers))
 
 
 def _promised(fields: Fields, n_layers: int) -> tuple[float, ...] | None:

@@ -147,8 +147,7 @@ def _write_positions(writer: GGUFWriter, config: ModelConfig, architecture: str)
 
 
 def write_predictor(writer: GGUFWriter, predictor: Predictor, architecture: str) -> None:
-    source = "gate" if predictor.by_gate else "normed" if predictor.normed else "residual"
-    writer.add_string(f"{architecture}.predictor.input", source)
+    writer.add_string(f"{architecture}.predictor.input", predictor.input)
     ranks = list(predictor.ranks)
     writer.add_key_value(f"{architecture}.predictor.rank", ranks, GGUFValueType.ARRAY, GGUFValueType.UINT32)
     _write_floats(writer, f"{architecture}.predictor.threshold", predictor.thresholds)

@@ -62,7 +62,7 @@ def _rewrite(
     config = ModelConfig.from_gguf(file)
     assert config.predictor is not None
     if threshold is not None:
-        predictor = Predictor(config.predictor.ranks, (threshold,) * config.n_layers, normed=False)
+        predictor = Predictor(config.predictor.ranks, (threshold,) * config.n_layers, "residual")
         config = dataclasses.replace(config, predictor=predictor)
     tensors = [copy_tensor(tensor) for tensor in file.tensors.values()]
     if _tied(file):  # its program needs both

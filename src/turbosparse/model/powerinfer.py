@@ -53,4 +53,4 @@ def predictor(file: GGUFFile, n_layers: int) -> Predictor:
         if fc1 is None or len(fc1.shape) != 2 or fc1.shape[0] > WIDTH[1]:
             fields.fail(f"it has no predictor blk.{layer}.fc1.weight of two dimensions and a possible width")
         ranks.append(fc1.shape[0])
-    return Predictor(tuple(ranks), (threshold,) * n_layers, normed=False)
+    return Predictor(tuple(ranks), (threshold,) * n_layers, "residual")

@@ -42,7 +42,7 @@ def common_threshold(config: ModelConfig, source: str) -> float:
             while a layer has no predictor.
     """
     predictor = config.predictor
-    if predictor is None or predictor.normed:
+    if predictor is None or predictor.input != "residual":
         return 0.0
     thresholds = [t for t, rank in zip(predictor.thresholds, predictor.ranks, strict=True) if rank > 0]
     signs = {math.copysign(1.0, t) if t else 0.0 for t in thresholds}
@@ -64,7 +64,7 @@ def predictor_copies(file: GGUFFile, config: ModelConfig, threshold: float) -> l
             continue
         fc1, fc2 = (file.tensors[f"blk.{layer}.{name}.weight"] for name in ("fc1", "fc2"))
         own = predictor.thresholds[layer]
-        if predictor.normed:
+        if predictor.input == "normed":
             norm = file.tensors[f"blk.{layer}.ffn_norm.weight"]
             copies += _reading_residual(fc1, fc2, dequantize(norm.data, norm.type, norm.shape), own)
         elif own == threshold:

@@ -64,7 +64,7 @@ def stored_predictor(
     if max(ranks) == 0:
         return None
     value = _DEFAULT_THRESHOLD if threshold is None else threshold
-    return Predictor(tuple(ranks), (value,) * (config.n_layers * config.ffns), normed=False)
+    return Predictor(tuple(ranks), (value,) * (config.n_layers * config.ffns), "residual")
 
 
 def _rank(fc1: StoredTensor | None) -> int:

@@ -176,9 +176,9 @@ class _Model:
         self._directions: tuple[int, list[Directions]] | None = None  # the last layer's that was asked for
         if prediction is not None:
             ranks = predictor_ranks(config, prediction.share)
-            self.config = dataclasses.replace(config, predictor=Predictor(ranks, (0.0,) * len(ranks), normed=True))
+            self.config = dataclasses.replace(config, predictor=Predictor(ranks, (0.0,) * len(ranks), "normed"))
             thresholds = self._thresholds(prediction.selected)
-            self.config = dataclasses.replace(config, predictor=Predictor(ranks, thresholds, normed=True))
+            self.config = dataclasses.replace(config, predictor=Predictor(ranks, thresholds, "normed"))
         self.specs = tensor_specs(self.config)
 
     def kind(self, spec: TensorSpec) -> Type:

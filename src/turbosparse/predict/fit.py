@@ -28,6 +28,9 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
+from turbosparse.relufy.quantized import q4_0, q8_0
+from turbosparse.relufy.rounded import straight_through
+
 BATCH = 512
 RATE = 1e-2
 COST = 0.1
@@ -35,6 +38,7 @@ LARGEST = 1000.0  # of m: a few are hundreds of times the mean, and would be all
 MOST_NATS = 1.0  # a neuron can cost: beyond, the sensitivities say nothing
 _QUIET = 1e-2  # of the median eigenvalue: directions that vary less are left out
 _LARGEST_HALF = torch.finfo(torch.float16).max
+_STORED = {Type.Q4_0: q4_0, Type.Q8_0: q8_0}
 _BIAS = 8.0  # the constant unit is this large, so that its column of fc2 is not much larger than the others
 
 
@@ -160,14 +164,6 @@ def telling(z: Tensor, fires: Tensor) -> Tensor:
 
 
 def rounded(matrix: Tensor, kind: Type) -> Tensor:
-    """The matrix as `kind` would store it, about; gradients pass as if it were not rounded."""
-    if kind not in (Type.Q4_0, Type.Q8_0):
-        return matrix
-    with torch.no_grad():
-        blocks = matrix.unflatten(-1, (-1, 32))
-        extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-        step = extreme / (-8 if kind is Type.Q4_0 else 127)
-        step = torch.where(step == 0, 1.0, step)
-        low, high = (-8, 7) if kind is Type.Q4_0 else (-127, 127)
-        stored = ((blocks / step).round().clamp(low, high) * step).flatten(-2)
-    return matrix + (stored - matrix).detach()
+    """The matrix, float32 [..., columns], as `kind` would store it; gradients pass as if it were not rounded."""
+    stored = _STORED.get(kind)
+    return matrix if stored is None else straight_through(matrix, stored(matrix.detach()))

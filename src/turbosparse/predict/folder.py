@@ -35,7 +35,9 @@ def save_folder(folder: Path, predictors: Sequence[StoredPredictor]) -> None:
         _KEPT: np.array([layer.kept for layer in predictors], np.float32),
     }
     for index, layer in enumerate(predictors):
-        for name, matrix in zip(_names(index), layer.matrices() if layer.rank else (), strict=layer.rank > 0):
+        if not layer.rank:
+            continue
+        for name, matrix in zip(_names(index), layer.matrices(), strict=True):
             tensors[name] = matrix.astype(np.float16)
     with replacing(folder / FILE) as partial:
         save_file(tensors, partial)

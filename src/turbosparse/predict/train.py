@@ -110,7 +110,7 @@ def _check_model(source: Path, config: ModelConfig, wish: Wish, replace: bool) -
     if config.experts:
         raise UserError(f"{source} is a mixture of experts; predictors are trained for models with one FFN a layer.")
     if wish.keep:
-        if config.predictor is None or not all(config.predictor.ranks) or not config.predictor.normed:
+        if config.predictor is None or not all(config.predictor.ranks) or config.predictor.input != "normed":
             raise UserError(f"{source} has no predictors made by this command; leave --keep out to train some.")
     elif config.predictor is not None and not replace:
         raise UserError(

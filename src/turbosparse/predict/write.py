@@ -89,8 +89,8 @@ def write_predictors(file: GGUFFile, out: Path, predictors: Sequence[StoredPredi
         UserError: `out` cannot be written.
     """
     tensors = [copy_tensor(tensor) for name, tensor in file.tensors.items() if not name.endswith(_MATRICES)]
-    by_gate = all(layer.rank == 0 for layer in predictors)
-    for index, layer in enumerate([] if by_gate else predictors):
+    trained = [(index, layer) for index, layer in enumerate(predictors) if layer.rank]
+    for index, layer in trained:
         for name, rows, kind, shape in zip(_MATRICES, (layer.fc1, layer.fc2), layer.kinds, layer.shapes, strict=True):
             tensors.append(Copy(f"blk.{index}{name}", shape, kind, partial(_whole, rows)))
     ranks, thresholds, kept = (
@@ -103,7 +103,9 @@ def write_predictors(file: GGUFFile, out: Path, predictors: Sequence[StoredPredi
             for key in file.metadata:
                 if not key.startswith(_KEYS) and key not in _WRITTEN:
                     copy_key(file, key, writer)
-            write_predictor(writer, Predictor(ranks, thresholds, True, promised, by_gate), ARCHITECTURE)
+            write_predictor(
+                writer, Predictor(ranks, thresholds, "normed" if trained else "gate", promised), ARCHITECTURE
+            )
             write_copies(writer, tensors, None)
         finally:
             writer.close()

@@ -2,8 +2,9 @@
 
 Rounding a trained model of 135M parameters to 4 bits costs more than its sparsity does (docs/experiments.md). A model
 that trains with the rounded weights finds others that bear it (quantisation-aware training, Jacob et al. 2018,
-arXiv 1712.05877). The rounding is that of ggml: blocks of 32 entries of a row, w = d q with q in -8..7, where the entry
-of largest magnitude has q = -8, and d is a float16. A weight of this form comes through the export as it is.
+arXiv 1712.05877). The rounding is that of ggml: blocks of 32 entries of a row, w = d q with a float16 d and whole q; in
+Q4_0 q is in -8..7 and -8 for the entry of largest magnitude, in Q8_0 it is in -127..127 and 127 for that entry. What
+has such a form comes through the export as it is.
 
 Shapes: F rows, D columns.
 """
@@ -20,14 +21,24 @@ from turbosparse.relufy.rounded import RoundedLinear
 BLOCK = 32
 
 
-def q4_0(weight_FD: Tensor) -> Tensor:
-    """Float32 weights rounded to Q4_0; D is a multiple of 32. What has this form already stays as it is."""
+def _rounded(weight_FD: Tensor, top: int, low: int, high: int) -> Tensor:
+    """Blocks whose entry of largest magnitude has the level `top`, the others whole levels in low..high."""
     blocks = weight_FD.reshape(-1, BLOCK)
     extreme = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
-    scale = (extreme / -8).half().float()
+    scale = (extreme / top).half().float()
     # A scale that is no number of half precision is a block of zeros, in the file too.
-    levels = torch.where(scale == 0, 0.0, (blocks / scale).round().clamp(-8, 7))
+    levels = torch.where(scale == 0, 0.0, (blocks / scale).round().clamp(low, high))
     return (levels * scale).view_as(weight_FD)
+
+
+def q4_0(weight_FD: Tensor) -> Tensor:
+    """Float32 weights rounded to Q4_0; D is a multiple of 32. What has this form already stays as it is."""
+    return _rounded(weight_FD, -8, -8, 7)
+
+
+def q8_0(weight_FD: Tensor) -> Tensor:
+    """Float32 weights rounded to Q8_0; D is a multiple of 32."""
+    return _rounded(weight_FD, 127, -127, 127)
 
 
 class Q4Linear(RoundedLinear):

@@ -1,4 +1,4 @@
-"""Projections that train as the file will hold them: rounded where they compute, in full precision where they learn.
+"""Weights that train as a file will hold them: rounded where they compute, in full precision where they learn.
 
 Rounding has no slope, so the full-precision copy takes the gradient of the rounded one as its own (the straight-through
 estimator, Bengio et al. 2013, arXiv 1308.3432; for weights of few bits, BitNet b1.58, arXiv 2402.17764).
@@ -6,6 +6,7 @@ estimator, Bengio et al. 2013, arXiv 1308.3432; for weights of few bits, BitNet 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -25,6 +26,12 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
+def straight_through(weight: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded` bit for bit, and its gradient is that of `weight`; both of one shape and dtype."""
+    result: Tensor = _StraightThrough.apply(weight, rounded)
+    return result
+
+
 class RoundedLinear(nn.Linear):
     """A projection in training: `weight` is the full-precision copy, what is computed is `rounded(weight)`.
 
@@ -33,14 +40,13 @@ class RoundedLinear(nn.Linear):
     """
 
     @staticmethod
+    @abstractmethod
     def rounded(weight_FD: Tensor) -> Tensor:
         """What the file will hold of a float32 weight, [F, D] as it is."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D] to [..., F]."""
-        rounded_FD = self.rounded(self.weight.detach())
-        return F.linear(x, _StraightThrough.apply(self.weight, rounded_FD), self.bias)
+        return F.linear(x, straight_through(self.weight, self.rounded(self.weight.detach())), self.bias)
 
 
 @torch.no_grad()
