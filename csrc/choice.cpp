@@ -13,7 +13,10 @@ constexpr double kDense = 3, kListed = 1.3, kAdded = 1.9;
 }  // namespace
 
 Choice::Choice(int64_t neurons, const std::vector<double>& predictor_cost, bool by_gate)
-    : neurons_(neurons), by_gate_(by_gate), layers_(predictor_cost.size()), chosen_(predictor_cost.size(), Mode::exact) {
+    : neurons_(neurons),
+      by_gate_(by_gate),
+      layers_(predictor_cost.size()),
+      chosen_(predictor_cost.size(), Mode::exact) {
   for (size_t i = 0; i < layers_.size(); ++i) layers_[i].predictor_cost = predictor_cost[i];
 }
 
@@ -46,7 +49,8 @@ Mode Choice::cheapest(const Layer& layer) const {
   const double needed = std::min(open, selected);
   const double found = by_gate_ ? 1 : layer.predictor_cost + kListed * selected;  // every gate, or those selected
   const double predicted = found + kListed * needed + kAdded * active;
-  if (predicts_ && (by_gate_ || layer.predictor_cost > 0) && predicted < std::min(kDense, exact)) return Mode::predicted;
+  if (predicts_ && (by_gate_ || layer.predictor_cost > 0) && predicted < std::min(kDense, exact))
+    return Mode::predicted;
   return exact < kDense ? Mode::exact : Mode::dense;
 }
 

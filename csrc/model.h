@@ -20,8 +20,8 @@
 
 namespace turbosparse {
 
-// What a predictor reads: the stream before the FFN's norm, or the FFN's input; or the gates are the scores, and there are
-// no matrices.
+// What a predictor reads: the stream before the FFN's norm, or the FFN's input; or the gates are the scores, and there
+// are no matrices.
 enum class PredictorInput { residual, normed, gate };
 enum class Activation { drelu, reglu, swiglu, geglu };
 
