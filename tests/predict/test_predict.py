@@ -265,6 +265,15 @@ def test_an_interrupted_run_goes_on_at_the_layer_and_ends_the_same(tiny_gguf, te
     assert parts.read_bytes() == whole.read_bytes()
 
 
+def test_tokens_in_the_memory_of_a_device_give_the_same_predictors(tiny_gguf, text, tmp_path, monkeypatch):
+    source, wish = tiny_gguf("llama", "drelu", "q8_0"), Wish(share=0.7, epochs=1)
+    far, near = tmp_path / "far.gguf", tmp_path / "near.gguf"
+    train_predictors(source, text, far, wish)
+    monkeypatch.setattr(Tokens, "near", lambda self, _: Tokens(torch.tensor(self.x), torch.tensor(self.mass)))
+    train_predictors(source, text, near, wish)
+    assert near.read_bytes() == far.read_bytes()
+
+
 def test_thresholds_alone_are_set_anew(tiny_gguf, text, tmp_path):
     source, first, second = tiny_gguf("llama", "drelu", "q8_0"), tmp_path / "a.gguf", tmp_path / "b.gguf"
     few = train_predictors(source, text, first, Wish(rank=32, epochs=2, recall=0.7))

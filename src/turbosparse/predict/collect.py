@@ -105,10 +105,10 @@ def quick_curves(
     for layer in range(config.n_layers):
         with torch.inference_mode():
             stream, fired = Decoder(file, config, layer, device)(stream)
-            x, mass = (half(seen).flatten(0, 1).cpu().numpy() for seen in (fired.x, fired.h.abs()))
-        always = sinks(torch.from_numpy(mass.max(0)).to(device).float(), worth[layer])
+            tokens = Tokens(*(half(seen).flatten(0, 1) for seen in (fired.x, fired.h.abs())))
+        always = sinks(tokens.largest(device), worth[layer])
         others = torch.where(always, 0.0, worth[layer])
-        seen, new = Tokens(x[learned], mass[learned]), Tokens(x[~learned], mass[~learned])
+        seen, new = tokens.where(learned), tokens.where(~learned)
         of_layer = []
         for rank in ranks:
             scores = low_rank(*fit(seen, others, rank, Type.F32, _QUICK_STEPS, layer, device))

@@ -52,6 +52,27 @@ class Tokens:
     x: npt.NDArray[np.float16] | Tensor
     mass: npt.NDArray[np.float16] | Tensor
 
+    def near(self, device: torch.device) -> Tokens:
+        """In the memory of a GPU, if they take at most half of what is free there; else where they are.
+
+        Batches are drawn from them at random, some thousand times: from a file that takes longer than a GPU's own part.
+        """
+        if device.type != "cuda" or 2 * (self.x.nbytes + self.mass.nbytes) > torch.cuda.mem_get_info(device)[0]:
+            return self
+        return Tokens(*(torch.as_tensor(array).to(device) for array in (self.x, self.mass)))
+
+    def largest(self, device: torch.device) -> Tensor:
+        """The largest |h| of every neuron, float32 [ffn]."""
+        return torch.as_tensor(self.mass).amax(0).to(device).float()
+
+    def where(self, chosen: npt.NDArray[np.bool_]) -> Tokens:
+        """Those of the tokens for which `chosen` [tokens] is true."""
+        x, mass = (
+            array[torch.from_numpy(chosen)] if isinstance(array, Tensor) else array[chosen]
+            for array in (self.x, self.mass)
+        )
+        return Tokens(x, mass)
+
     def batch(self, chosen: npt.NDArray[np.int64] | slice, device: torch.device) -> tuple[Tensor, Tensor]:
         """Some of them in float32."""
         x, mass = (torch.as_tensor(array[chosen]).to(device).float() for array in (self.x, self.mass))
@@ -107,7 +128,7 @@ def fit(
     white = whitening(sample[0])
     rows, columns = start(sample[0], sample[1] * scale, white, rank)
     parameters = [rows.requires_grad_(), columns.requires_grad_()]
-    optimizer = torch.optim.Adam(parameters, lr=RATE, betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(parameters, lr=RATE, betas=(0.9, 0.98), fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
     for step in range(steps):
         x, mass = tokens.batch(rng.integers(count, size=min(BATCH, count)), device)

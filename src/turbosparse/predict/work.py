@@ -117,14 +117,14 @@ class Work:
         """A layer's predictor, fitted now or before."""
         path = self._folder / f"layer-{layer}.npz"
         if not path.exists():
-            tokens = self._collector.layer(layer, lambda part: self._report(layer, part / 2))
+            tokens = self._collector.layer(layer, lambda part: self._report(layer, part / 2)).near(self._device)
             _save(path, lambda partial: self._measure(layer, tokens).save(partial))
         self._collector.finish(layer)
         self._report(layer, 1.0)
         return Fitted.load(path, self._kinds, self._shapes(layer))
 
     def _measure(self, layer: int, tokens: Tokens) -> Fitted:
-        tuned, measured = (Tokens(tokens.x[part], tokens.mass[part]) for part in (self._tuned, self._measured))
+        tuned, measured = (tokens.where(part) for part in (self._tuned, self._measured))
         worth = self._worth[layer]
         stored, scores = self._gate(layer) if self._wish.gates else self._low_rank(layer, tokens, tuned)
         tried_scores = edges(tuned, scores, self._device)
@@ -136,8 +136,7 @@ class Work:
 
     def _low_rank(self, layer: int, tokens: Tokens, tuned: Tokens) -> tuple[StoredPredictor, Scores]:
         worth = self._worth[layer]
-        largest = torch.from_numpy(tokens.mass[~self._measured].max(0)).to(self._device).float()
-        always = sinks(largest, worth)
+        always = sinks(tokens.where(~self._measured).largest(self._device), worth)
         stored = self._kept(layer) if self._wish.keep else self._fit(layer, tokens, torch.where(always, 0.0, worth))
         stored = always_selecting(stored, always, tuned.batch(slice(FEW_TOKENS), self._device)[0])
         fc1, fc2 = (torch.from_numpy(matrix).to(self._device) for matrix in stored.matrices())
@@ -146,7 +145,7 @@ class Work:
     def _fit(self, layer: int, tokens: Tokens, worth: Tensor) -> StoredPredictor:
         learned = ~(self._tuned | self._measured)
         fc1, fc2 = fit(
-            Tokens(tokens.x[learned], tokens.mass[learned]),
+            tokens.where(learned),
             worth,
             self._ranks[layer],
             self._kinds[1],
