@@ -1,5 +1,7 @@
 """Neurons allotted: the layer comes closer to the dense one, and nothing else changes."""
 
+import copy
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -71,3 +73,21 @@ def test_a_neuron_on_its_unusual_sides_is_found(pair):
     assert all(mlp(x).abs().max() == 0 for mlp, x in zip(ffns(sparse), inputs, strict=True))  # never both positive
     allot_neurons(sparse, dense, [ids])
     assert all(_error(*each) < 0.3 for each in zip(ffns(sparse), ffns(dense), inputs, strict=True))
+
+
+@torch.no_grad()
+def test_a_wider_layer_comes_closer_and_is_stored_as_it_is(pair, tmp_path):
+    dense, sparse = pair
+    ids = torch.randint(40, (6, 64))
+    inputs = _inputs(dense, ids)
+    errors = []
+    for width, neurons in ((1, 37), (2, 64), (4, 128)):  # 74 and 148 in whole blocks of 32
+        wide = copy.deepcopy(sparse)
+        allot_neurons(wide, dense, ids.split(2), width=width)
+        assert wide.config.intermediate_size == wide.model.layers[0].mlp.up_proj.out_features == neurons
+        errors.append([_error(*each) for each in zip(ffns(wide), ffns(dense), inputs, strict=True)])
+        wide.save_pretrained(tmp_path / str(width))
+        again = TurboSparseLlamaForCausalLM.from_pretrained(tmp_path / str(width))
+        assert torch.equal(again(ids).logits, wide(ids).logits)
+    narrow, double, whole = errors
+    assert all(c < a < 0.8 * b for a, b, c in zip(double, narrow, whole, strict=True)), errors

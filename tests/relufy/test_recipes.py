@@ -44,6 +44,7 @@ def test_paths_counts_and_environment(tmp_path, monkeypatch):
         (lambda t: t.replace('path: "web/*.jsonl"', "weight: 1"), "path"),
         (lambda t: t.replace("$TEXT", "$NOT_SET_ANYWHERE"), "environment variable"),
         (lambda t: t.replace("1.0e-3}", "1.0e-3, distillation: {teacher: a, sources: [own]}}"), "own is no domain"),
+        (lambda t: t.replace("1.0e-3}", "1.0e-3, width: 2}"), "sides: best"),
         (lambda t: "- a list", "mapping"),
         (lambda t: "a: [", "YAML"),
         (lambda t: "seed: 2026-13-45", "YAML"),

@@ -18,7 +18,7 @@ from turbosparse.relufy.trainer import RecoveryTrainer, train_from_recipe
 
 _STAGES = """
  - {name: warm, objective: layerwise, teacher: dense, tokens: 2048, batch_tokens: 64, device_windows: 4,
-    learning_rate: 1.0e-3, sides: best, sparsity: {target_rate: 0.2, weight: 0.5}}
+    learning_rate: 1.0e-3, sides: best, width: 1.5, sparsity: {target_rate: 0.2, weight: 0.5}, save_every: 16}
  - {name: recover, objective: cross_entropy, tokens: 640, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2,
     distillation: {teacher: dense, share: 0.5}, soft_slopes: true, ffn_lr: 2, predictability: {selected: 1.2},
     sparsity: {target_rate: 0.1, weight: 1.0, threshold: 0.2}, eval_every: 5, save_every: 3}
@@ -68,6 +68,7 @@ def test_stages_learn_and_log_loss_and_sparsity_per_domain(whole_run):
     assert metrics["eval_a_ce"] == checks[-1]["validation"]["a"]["ce"]
     config = json.loads((whole_run / "2-recover" / "config.json").read_text())
     assert len(config["activation_threshold"]) == 2 and min(config["activation_threshold"]) > 0
+    assert config["intermediate_size"] == 128  # 1.5 times 96, in whole blocks
 
 
 def _assert_metrics_are_those_of_a_forward_pass(folder: Path, run: Path) -> None:
@@ -96,14 +97,17 @@ def test_validation_equals_a_plain_forward_pass(folder, whole_run):
     _assert_metrics_are_those_of_a_forward_pass(folder, whole_run / "2-recover")
 
 
-@pytest.mark.parametrize("interrupted_step", [2, 7])
-def test_an_interrupted_run_resumes_to_the_same_weights(folder, whole_run, monkeypatch, interrupted_step):
+@pytest.mark.parametrize(
+    ("stage", "interrupted_step", "left"),
+    [("recover", 2, 2 * 10), ("recover", 7, 2 * 4), ("warm", 20, 16 + 2 * 10)],  # micro-batches, from the checkpoint on
+)
+def test_an_interrupted_run_resumes_to_the_same_weights(folder, whole_run, monkeypatch, stage, interrupted_step, left):
     recipe = _recipe(folder, f"interrupted{interrupted_step}")
     seen: list[torch.Tensor] = []
     original = RecoveryTrainer.compute_loss
 
     def interrupting(self, model, inputs, *args, **kwargs):
-        if self.stage.name == "recover" and self.state.global_step == interrupted_step:
+        if self.stage.name == stage and self.state.global_step == interrupted_step:
             raise KeyboardInterrupt
         return original(self, model, inputs, *args, **kwargs)
 
@@ -120,7 +124,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(folder, whole_run, monke
     with pytest.raises(UserError, match="--resume"):
         train_from_recipe(recipe)
     assert train_from_recipe(recipe, resume=True)["done"]
-    assert len(seen) == 2 * (10 - interrupted_step // 3 * 3)  # two micro-batches a step, from the last checkpoint on
+    assert len(seen) == left
     resumed = AutoModelForCausalLM.from_pretrained(folder / f"interrupted{interrupted_step}" / "2-recover")
     expected = AutoModelForCausalLM.from_pretrained(whole_run / "2-recover")
     for (name, tensor), reference in zip(resumed.named_parameters(), expected.parameters(), strict=True):

@@ -2,8 +2,9 @@
 
 A dense neuron h = act(gate) * up works on all four sides of (gate, up), a dReLU neuron on one. But signs can be moved:
 relu(+-gate) * relu(+-up) * c, with any signs and a factor c, stands for one side of the dense neuron. So every dense
-neuron offers four, and a layer takes those that explain most of its output for how often they fire, as many as it has
-neurons: important neurons get two sides or more, others none.
+neuron offers four, and a layer takes those that explain most of its output for how often they fire, as many as it is to
+have neurons: important ones get two sides or more, others none. A layer that is wider than the dense one loses less by
+the swap, and little where it has all sides.
 
 Shapes: B windows, T tokens, D hidden, F neurons of one FFN, S = 4 sides.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from turbosparse.relufy.objective import ffns, last_hidden
+from turbosparse.relufy.quantized import BLOCK
 
 _SIGNS = ((1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0))  # of gate and up
 _RARE = 0.05  # of the tokens: firing less often than this hardly counts in favour of a side
@@ -46,21 +48,21 @@ class _Sides:
             self._fires[side] += (p_NF > 0).sum(0)
         self._tokens += x_ND.shape[0]
 
-    def choose(self, sides: str) -> Tensor:
-        """Rewrite the layer's neurons as the best sides; returns how many each dense neuron got, int64 [F]."""
+    def choose(self, sides: str, neurons: int) -> Tensor:
+        """Rewrite the layer's neurons as so many of the best sides; returns how many each dense one got, int64 [F]."""
         hp_SF, pp_SF = self._products
         down_F = self.mlp.down_proj.weight.float().square().sum(0)
         explained_SF = hp_SF.square() / pp_SF.clamp_min(1e-20) * down_F
-        neurons = down_F.shape[0]
+        dense = down_F.shape[0]
         if sides == "one":
-            chosen_F = explained_SF[:2].argmax(0) * neurons + torch.arange(neurons, device=down_F.device)
+            chosen_F = explained_SF[:2].argmax(0) * dense + torch.arange(dense, device=down_F.device)
         else:
             worth_SF = explained_SF / (self._fires / self._tokens + _RARE)
             chosen_F = worth_SF.flatten().topk(neurons).indices
-        side_F, dense_F = chosen_F // neurons, chosen_F % neurons
+        side_F, dense_F = chosen_F // dense, chosen_F % dense
         factor_F = (hp_SF / pp_SF.clamp_min(1e-20)).flatten()[chosen_F]
         self._write(dense_F, torch.tensor(_SIGNS, device=down_F.device)[side_F].T, factor_F)
-        return torch.bincount(dense_F, minlength=neurons)
+        return torch.bincount(dense_F, minlength=dense)
 
     def _write(self, dense_F: Tensor, signs_2F: Tensor, factor_F: Tensor) -> None:
         """Write the neurons; a factor's size goes to gate and up alike, so that h keeps the dense one's size."""
@@ -68,15 +70,25 @@ class _Sides:
         gate, up, down = self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj
         for projection, sign_F in zip((gate, up), signs_2F, strict=True):
             scale_F = sign_F * size_F
-            projection.weight.copy_(projection.weight[dense_F] * scale_F[:, None])
+            _rewrite(projection, projection.weight[dense_F] * scale_F[:, None])
             if projection.bias is not None:
-                projection.bias.copy_(projection.bias[dense_F] * scale_F)
-        down.weight.copy_(down.weight[:, dense_F] * factor_F.sign())
+                projection.bias = nn.Parameter(projection.bias[dense_F] * scale_F)
+        _rewrite(down, down.weight[:, dense_F] * factor_F.sign())
+
+
+def _rewrite(projection: nn.Linear, weight: Tensor) -> None:
+    projection.weight = nn.Parameter(weight)
+    projection.out_features, projection.in_features = weight.shape
 
 
 @torch.no_grad()
 def allot_neurons(
-    student: Any, teacher: Any, batches: Iterable[Tensor], dtype: torch.dtype | None = None, sides: str = "best"
+    student: Any,
+    teacher: Any,
+    batches: Iterable[Tensor],
+    dtype: torch.dtype | None = None,
+    sides: str = "best",
+    width: float = 1.0,
 ) -> float:
     """Rewrite the neurons of a freshly swapped dReLU student, in place, as the sides of dense neurons that matter most.
 
@@ -86,6 +98,8 @@ def allot_neurons(
         batches: int64 [B, T] token ids; some ten thousand tokens are enough.
         dtype: of the residual stream, as in last_hidden.
         sides: "best" of all, or "one" of each neuron, that where its gate is positive and its up either way.
+        width: neurons of the student over those of the teacher, 1..4, with the best sides; other than 1, their number
+            is rounded down to whole blocks of 32. The student's config follows.
 
     Returns:
         the share of dense neurons that got no side at all, 0..1.
@@ -103,4 +117,7 @@ def allot_neurons(
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack([layer.choose(sides) == 0 for layer in layers]).float().mean().item()
+    neurons = student.config.intermediate_size
+    if width != 1:
+        neurons = student.config.intermediate_size = int(width * neurons) // BLOCK * BLOCK
+    return torch.stack([layer.choose(sides, neurons) == 0 for layer in layers]).float().mean().item()

@@ -228,7 +228,7 @@ def _prepare(stage: Stage, model: Any, teacher: Any, probes: list[Tensor], dtype
     device = probes[0].device
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         if stage.sides:
-            unused = allot_neurons(model, teacher, probes, dtype, stage.sides)
+            unused = allot_neurons(model, teacher, probes, dtype, stage.sides, stage.width)
             this_process().print(f"allot neurons: {unused:.1%} of the dense ones are left out", file=sys.stderr)
         if stage.sparsity is not None and stage.sparsity.threshold is not None:
             set_thresholds(model, stage.sparsity.threshold, probes, dtype)
