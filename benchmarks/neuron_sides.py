@@ -31,7 +31,7 @@ _CONTEXT, _BATCH, _RATE = 1024, 1024, 2e-3
 _PENALTY = Sparsity(start_rate=0.25, target_rate=0.15, ramp=0.5, weight=1.0, width=0.05)
 
 
-def _windows(path: Path, tokenizer: Any, count: int) -> Tensor:
+def windows(path: Path, tokenizer: Any, count: int) -> Tensor:
     """The first `count` windows of a text, int64 [count, context]."""
     ids: list[int] = []
     for document in read_documents(path):
@@ -42,7 +42,7 @@ def _windows(path: Path, tokenizer: Any, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _states(model: Any, windows: Tensor, layers: list[int]) -> dict[int, Tensor]:
+def states(model: Any, windows: Tensor, layers: list[int]) -> dict[int, Tensor]:
     """What the FFNs of some layers see, float32 [tokens, hidden] each."""
     seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     hooks = [
@@ -78,10 +78,10 @@ def _measure(mlp: SparseGLU, x: Tensor, y: Tensor) -> dict[str, float]:
     return {"error": error, "zeros": 1 - tap.rates[2].item()}
 
 
-def _fit(mlp: SparseGLU, x: Tensor, y: Tensor, steps: int) -> None:
-    """The layerwise stage for one layer."""
+def fit(mlp: SparseGLU, x: Tensor, y: Tensor, steps: int, penalty: Sparsity = _PENALTY) -> None:
+    """The layerwise stage for one layer: inputs and the dense FFN's outputs, float32 [tokens, hidden]."""
     optimizer = torch.optim.AdamW(mlp.parameters(), lr=_RATE, weight_decay=0.0, betas=(0.9, 0.95))
-    pressure, draw = SparsityPressure(_PENALTY), torch.Generator().manual_seed(1)
+    pressure, draw = SparsityPressure(penalty), torch.Generator().manual_seed(1)
     mlp.tap = tap = ActivationTap("drelu", "count")
     for step in range(steps):
         done = step / steps
@@ -110,9 +110,9 @@ def main() -> None:
     dense = AutoModelForCausalLM.from_pretrained(options.dense, dtype=torch.float32).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(options.dense)
     layers = [int(layer) for layer in options.layers.split(",")]
-    parts = [_windows(text, tokenizer, options.windows * 4 // 3) for text in options.texts]
+    parts = [windows(text, tokenizer, options.windows * 4 // 3) for text in options.texts]
     train, held = torch.cat([p[: options.windows] for p in parts]), torch.cat([p[options.windows :] for p in parts])
-    x, x_held = _states(dense, train, layers), _states(dense, held, layers)
+    x, x_held = states(dense, train, layers), states(dense, held, layers)
     rows = []
     for sides in (None, "one", "best"):
         mlps = _sparse(dense, sides, list(train[::4].split(1)))
@@ -121,7 +121,7 @@ def main() -> None:
             with torch.no_grad():
                 y, y_held = teacher(x[layer]), teacher(x_held[layer])
             before = _measure(mlp, x_held[layer], y_held)
-            _fit(mlp, x[layer], y, options.steps)
+            fit(mlp, x[layer], y, options.steps)
             rows.append(
                 {"layer": layer, "sides": sides, "before": before, "after": _measure(mlp, x_held[layer], y_held)}
             )
