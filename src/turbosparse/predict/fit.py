@@ -53,11 +53,11 @@ class Tokens:
     mass: npt.NDArray[np.float16] | Tensor
 
     def near(self, device: torch.device) -> Tokens:
-        """In the memory of a GPU, if they take at most half of what is free there; else where they are.
+        """In a GPU's memory where they, and copies of parts, take half of what is free there at most; else as they are.
 
         Batches are drawn from them at random, some thousand times: from a file that takes longer than a GPU's own part.
         """
-        if device.type != "cuda" or 2 * (self.x.nbytes + self.mass.nbytes) > torch.cuda.mem_get_info(device)[0]:
+        if device.type != "cuda" or 4 * (self.x.nbytes + self.mass.nbytes) > torch.cuda.mem_get_info(device)[0]:
             return self
         return Tokens(*(torch.as_tensor(array).to(device) for array in (self.x, self.mass)))
 
