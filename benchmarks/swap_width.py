@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from neuron_sides import fit, states, windows
 from torch import Tensor
-from torch.nn import functional
 from transformers import AutoTokenizer
 
 from turbosparse.folders import load_model
@@ -27,7 +26,7 @@ from turbosparse.relufy.allot import allot_neurons
 from turbosparse.relufy.convert import convert
 from turbosparse.relufy.objective import ffns
 from turbosparse.relufy.recipes import Sparsity
-from turbosparse.relufy.sparsity import ActivationTap
+from turbosparse.relufy.validate import mean_over_domains, validate
 
 
 def _student(dense: Any, folder: Path, width: float, probes: Tensor) -> Any:
@@ -48,24 +47,12 @@ def _fit_layers(student: Any, dense: Any, x: dict[int, Tensor], steps: int, rate
         print(f"  layer {layer}", flush=True)
 
 
-@torch.no_grad()
 def _measure(model: Any, held: dict[str, Tensor]) -> dict[str, float]:
     """Nats a token of each text, their mean, and the share of zeros in h of a sparse model."""
-    taps = (
-        [ActivationTap("drelu", None) for _ in ffns(model)] if model.config.model_type.startswith("turbosparse") else []
-    )
-    for mlp, tap in zip(ffns(model), taps, strict=False):
-        mlp.tap = tap
-    found, zeros = {}, []
-    for name, text in held.items():
-        losses = []
-        for window in text:
-            logits = model(window[None]).logits[0]
-            losses.append(functional.cross_entropy(logits[:-1], window[1:]).item())
-            zeros += [1 - tap.rates[2].item() for tap in taps if tap.rates is not None]
-        found[name] = sum(losses) / len(losses)
-    found["mean"] = sum(found.values()) / len(found)
-    return found | ({"zeros": sum(zeros) / len(zeros)} if zeros else {})
+    found = validate(model, held, torch.device("cpu"), None)
+    mean = mean_over_domains(found)
+    nats = {name: figures["ce"] for name, figures in found.items()} | {"mean": mean["ce"]}
+    return nats | ({"zeros": mean["sparsity_h"]} if "sparsity_h" in mean else {})
 
 
 def main() -> None:
