@@ -36,7 +36,7 @@ class ModelConfig:
     Attributes:
         family: key of `families.FAMILIES`.
         activation: drelu, reglu, swiglu or geglu.
-        n_layers, hidden_size, ffn_size, n_heads, n_kv_heads, head_dim, vocab_size: dimensions.
+        n_layers, hidden_size, ffn_size, n_heads, n_kv_heads, head_dim, vocab_size: dimensions; ffn_size counts neurons.
         context_length: in tokens, as trained.
         norm_eps: of every RMS norm.
         rope_theta: base of the rotary frequencies.
@@ -59,6 +59,8 @@ class ModelConfig:
         predictor: what guesses which neurons fire, if the file holds it.
         activation_thresholds: for each layer, an |h| below it becomes zero; None: the activation alone makes zeros.
         gate_threshold: relu(gate) is zero below it too (FATReLU); 0.0: below zero alone.
+        neurons_per_gate: neurons next to each other that share a gate; divides ffn_size. More than 1 only in a sparse
+            model without experts.
     """
 
     family: str
@@ -92,11 +94,17 @@ class ModelConfig:
     predictor: Predictor | None = None
     activation_thresholds: tuple[float, ...] | None = None
     gate_threshold: float = 0.0
+    neurons_per_gate: int = 1
 
     @property
     def sparse(self) -> bool:
         """The activation makes exact zeros, so the model has our architecture and a transposed down projection."""
         return self.activation in SPARSE_ACTIVATIONS
+
+    @property
+    def gate_rows(self) -> int:
+        """Rows of the gate of an FFN."""
+        return self.ffn_size // self.neurons_per_gate
 
     @property
     def ffns(self) -> int:

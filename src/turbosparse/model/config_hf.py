@@ -24,6 +24,7 @@ from turbosparse.model.config_values import (
     default_head_dim,
     embedding_scale,
     experts,
+    neurons_per_gate,
     periodic_windows,
     softcap,
 )
@@ -88,6 +89,7 @@ def config_from_hf(values: Mapping[str, object], source: str) -> ModelConfig:
         experts_used=used,
         activation_thresholds=_thresholds(fields, str(outer_type), n_layers),
         gate_threshold=gate_threshold,
+        neurons_per_gate=neurons_per_gate(fields) if str(outer_type).startswith(HF_PREFIX) else 1,
     )
     return checked(config, fields)
 

@@ -27,6 +27,7 @@ EXPERTS: Bounds = (0, 1024)
 EPSILON: Bounds = (0.0, 1.0)
 POSITIVE: Bounds = (1e-6, 1e6)
 THRESHOLD: Bounds = (0.0, 1e6)
+GATE_GROUP: Bounds = (1, 64)
 
 
 def experts(fields: Fields, count: str, used: str) -> tuple[int, int]:
@@ -73,6 +74,11 @@ def activation_thresholds(fields: Fields, n_layers: int) -> tuple[float, ...] | 
     return tuple(values)
 
 
+def neurons_per_gate(fields: Fields) -> int:
+    """1 unless it is stated."""
+    return fields.integer("neurons_per_gate", GATE_GROUP, 1)
+
+
 def periodic_windows(n_layers: int, period: int) -> tuple[bool, ...]:
     """Every `period`-th layer attends to everything, the others slide."""
     return tuple((layer + 1) % period != 0 for layer in range(n_layers))
@@ -90,4 +96,8 @@ def checked(config: ModelConfig, fields: Fields) -> ModelConfig:
         fields.fail(f"{config.n_heads} attention heads cannot share {config.n_kv_heads} key-value heads evenly")
     if config.head_dim % 2:
         fields.fail(f"the head size {config.head_dim} is odd, so rotary positions cannot pair its dimensions")
+    if config.ffn_size % config.neurons_per_gate:
+        fields.fail(f"{config.ffn_size} neurons cannot share gates evenly, {config.neurons_per_gate} to a gate")
+    if config.neurons_per_gate > 1 and config.experts > 0:
+        fields.fail("experts whose neurons share gates are not supported")
     return config

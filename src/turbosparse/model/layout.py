@@ -92,7 +92,7 @@ def _ffn_rows(config: ModelConfig, layer: int) -> list[tuple[str, str, tuple[int
     if names is not None:
         block, matrices = f"{names.block}.experts.*", [names.gate, names.up, names.down]
     parts = [
-        ("ffn_gate", matrices[0], (ffn, hidden), "matrix"),
+        ("ffn_gate", matrices[0], (config.gate_rows, hidden), "matrix"),
         ("ffn_up", matrices[1], (ffn, hidden), "matrix"),
         (down, matrices[2], shape, "down"),
     ]

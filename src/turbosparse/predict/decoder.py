@@ -90,7 +90,7 @@ class Decoder:
             attended = self._norm(attended, "post_attention_norm")
         stream = stream + attended
         x = self._norm(stream, "ffn_norm")
-        gate = x @ w["ffn_gate"].T
+        gate = (x @ w["ffn_gate"].T).repeat_interleave(c.neurons_per_gate, -1)
         h = ACTIVATIONS[c.activation](torch.where(gate < c.gate_threshold, 0.0, gate), x @ w["ffn_up"].T)
         if c.activation_thresholds is not None:
             h = torch.where(h.abs() < c.activation_thresholds[self._layer], 0.0, h)

@@ -6,7 +6,10 @@ neuron offers four, and a layer takes those that explain most of its output for 
 have neurons: important ones get two sides or more, others none. A layer that is wider than the dense one loses less by
 the swap, and little where it has all sides.
 
-Shapes: B windows, T tokens, D hidden, F neurons of one FFN, S = 4 sides.
+Two sides of a neuron that differ in the sign of up have the same gate. In pairs they share it: the layer keeps so many
+gates, each with both of its sides, and grows by ups and downs alone, of which little is read for a token.
+
+Shapes: B windows, T tokens, D hidden, F neurons of one FFN, G gates, S = 4 sides.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from torch import Tensor, nn
 from turbosparse.relufy.objective import ffns, last_hidden
 from turbosparse.relufy.quantized import BLOCK
 
-_SIGNS = ((1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0))  # of gate and up
+_SIGNS = ((1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0))  # of gate and up; both signs of up side by side
+PAIR = 2  # sides of one gate
 _RARE = 0.05  # of the tokens: firing less often than this hardly counts in favour of a side
 
 
@@ -54,26 +58,50 @@ class _Sides:
         down_F = self.mlp.down_proj.weight.float().square().sum(0)
         explained_SF = hp_SF.square() / pp_SF.clamp_min(1e-20) * down_F
         dense = down_F.shape[0]
+        rarity_SF = self._fires / self._tokens + _RARE
         if sides == "one":
-            chosen_F = explained_SF[:2].argmax(0) * dense + torch.arange(dense, device=down_F.device)
+            side_F, dense_F = explained_SF[:2].argmax(0), torch.arange(dense, device=down_F.device)
+        elif sides == "pairs":
+            sign_G, dense_G = _top(_paired(explained_SF) / _paired(rarity_SF), neurons // PAIR)
+            up_F = torch.arange(PAIR, device=down_F.device).repeat(len(dense_G))
+            side_F, dense_F = PAIR * sign_G.repeat_interleave(PAIR) + up_F, dense_G.repeat_interleave(PAIR)
         else:
-            worth_SF = explained_SF / (self._fires / self._tokens + _RARE)
-            chosen_F = worth_SF.flatten().topk(neurons).indices
-        side_F, dense_F = chosen_F // dense, chosen_F % dense
-        factor_F = (hp_SF / pp_SF.clamp_min(1e-20)).flatten()[chosen_F]
-        self._write(dense_F, torch.tensor(_SIGNS, device=down_F.device)[side_F].T, factor_F)
+            side_F, dense_F = _top(explained_SF / rarity_SF, neurons)
+        factor_F = (hp_SF / pp_SF.clamp_min(1e-20))[side_F, dense_F]
+        self._write(dense_F, torch.tensor(_SIGNS, device=down_F.device)[side_F].T, factor_F, sides == "pairs")
         return torch.bincount(dense_F, minlength=dense)
 
-    def _write(self, dense_F: Tensor, signs_2F: Tensor, factor_F: Tensor) -> None:
-        """Write the neurons; a factor's size goes to gate and up alike, so that h keeps the dense one's size."""
-        size_F = factor_F.abs().clamp_min(1e-6).sqrt()
+    def _write(self, dense_F: Tensor, signs_2F: Tensor, factor_F: Tensor, pairs: bool) -> None:
+        """Write the neurons; a factor's size goes to gate and up alike, so that h keeps the dense one's size.
+
+        Of a pair the gate takes the root of the factors' geometric mean, and each up what is left of its own.
+        """
+        size_F = factor_F.abs().clamp_min(1e-6)
+        gate_size_F = size_F.sqrt()
+        if pairs:
+            gate_size_F = size_F.view(-1, PAIR).log().mean(1).mul(0.5).exp().repeat_interleave(PAIR)
         gate, up, down = self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj
-        for projection, sign_F in zip((gate, up), signs_2F, strict=True):
-            scale_F = sign_F * size_F
-            _rewrite(projection, projection.weight[dense_F] * scale_F[:, None])
+        step = PAIR if pairs else 1  # neurons of one gate have the same row, sign and size of it
+        for projection, scale_F, rows_F in (
+            (gate, (signs_2F[0] * gate_size_F)[::step], dense_F[::step]),
+            (up, signs_2F[1] * size_F / gate_size_F, dense_F),
+        ):
+            _rewrite(projection, projection.weight[rows_F] * scale_F[:, None])
             if projection.bias is not None:
-                projection.bias = nn.Parameter(projection.bias[dense_F] * scale_F)
+                projection.bias = nn.Parameter(projection.bias[rows_F] * scale_F)
         _rewrite(down, down.weight[:, dense_F] * factor_F.sign())
+        self.mlp.neurons_per_gate = step
+
+
+def _paired(x_SF: Tensor) -> Tensor:
+    """The sum over both signs of up, [2, F]."""
+    return x_SF.view(2, PAIR, -1).sum(1)
+
+
+def _top(worth_SF: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Row and column of the largest entries, int64 [count] each."""
+    chosen = worth_SF.flatten().topk(count).indices
+    return chosen // worth_SF.shape[1], chosen % worth_SF.shape[1]
 
 
 def _rewrite(projection: nn.Linear, weight: Tensor) -> None:
@@ -97,9 +125,10 @@ def allot_neurons(
         teacher: the dense model it was made from; its activation and hidden states are used.
         batches: int64 [B, T] token ids; some ten thousand tokens are enough.
         dtype: of the residual stream, as in last_hidden.
-        sides: "best" of all, or "one" of each neuron, that where its gate is positive and its up either way.
-        width: neurons of the student over those of the teacher, 1..4, with the best sides; other than 1, their number
-            is rounded down to whole blocks of 32. The student's config follows.
+        sides: "best" of all; "pairs", the best gates of either sign with both of their sides; or "one" of each neuron,
+            that where its gate is positive and its up either way.
+        width: neurons of the student over those of the teacher, 1..4, other than for "one"; if it is not 1, their
+            number is rounded down to whole blocks of 32. The student's config follows.
 
     Returns:
         the share of dense neurons that got no side at all, 0..1.
@@ -120,4 +149,5 @@ def allot_neurons(
     neurons = student.config.intermediate_size
     if width != 1:
         neurons = student.config.intermediate_size = int(width * neurons) // BLOCK * BLOCK
+    student.config.neurons_per_gate = PAIR if sides == "pairs" else 1
     return torch.stack([layer.choose(sides, neurons) == 0 for layer in layers]).float().mean().item()

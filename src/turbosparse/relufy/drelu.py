@@ -5,6 +5,9 @@
     ReGLU   h = relu(gate) * up            GLU Variants Improve Transformer, arXiv 2002.05202
             y = h @ W_down.T               gate = x @ W_gate.T, up = x @ W_up.T, plus biases where the family has them
 
+A gate may serve several neurons, each with an up of its own: as many as the config's `neurons_per_gate` says. These
+stand next to each other, and gate_proj has a row for every such group.
+
 A model may also have an activation threshold in each layer: an h that is smaller becomes zero (a dead zone, which
 ProSparse, arXiv 2402.13516, adds to ReLU after training; here it can be trained with, see threshold.py).
 
@@ -61,7 +64,9 @@ class SparseGLU(nn.Module):
     """The feed-forward block down(activation(gate(x), up(x))), with the projections of the dense block it replaces.
 
     Attributes:
-        gate_proj, up_proj: d to f; down_proj: f to d. Names and shapes are the family's, so state dicts match.
+        gate_proj, up_proj: d to f; down_proj: f to d. Names and shapes are the family's, so state dicts match; where a
+            gate serves several neurons, gate_proj is d to f over that number.
+        neurons_per_gate: that number, 1 or more.
         activation: "drelu" or "reglu".
         threshold: a float32 scalar; a smaller |h| becomes zero; None: there is none. A tensor, so that all layers
             of a compiled model share one graph; no buffer, as the config holds it and from_pretrained would empty it.
@@ -77,12 +82,14 @@ class SparseGLU(nn.Module):
         down_proj: nn.Module,
         activation: str,
         threshold: float | None = None,
+        neurons_per_gate: int = 1,
     ) -> None:
         super().__init__()
         self.gate_proj = gate_proj
         self.up_proj = up_proj
         self.down_proj = down_proj
         self.activation = activation
+        self.neurons_per_gate = neurons_per_gate
         self.tap: Callable[[Tensor, Tensor, Tensor], None] | None = None
         self._combine = ACTIVATIONS[activation]
         self.set_threshold(threshold)
@@ -100,6 +107,13 @@ class SparseGLU(nn.Module):
         self.set_threshold(self._stated)  # follows the weights to their device, not to their dtype
         return self
 
+    def gates(self, x: Tensor) -> Tensor:
+        """The gate of every neuron, before its relu: x [..., d] to [..., f]."""
+        gate: Tensor = self.gate_proj(x)
+        if self.neurons_per_gate == 1:
+            return gate
+        return gate.unsqueeze(-1).expand(*gate.shape, self.neurons_per_gate).flatten(-2)
+
     def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
         """The activation, [..., f], of pre-activations of that shape; below the threshold it is zero."""
         h = self._combine(gate, up)
@@ -107,7 +121,7 @@ class SparseGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d] to [..., d]."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = self.gates(x), self.up_proj(x)
         h = self.hidden(gate, up)
         if self.tap is not None:
             self.tap(gate, up, h)
@@ -123,20 +137,24 @@ class _SparseConfig:
 
     `activation` is required and stands a second time under the family's own key. They must agree: an edit that touches
     one of them is an error, not another model. `activation_threshold`, if the model has it, is one number per layer.
+    `neurons_per_gate` divides `intermediate_size`, which counts neurons.
     """
 
     activation: str
     activation_threshold: list[float] | None
+    neurons_per_gate: int
     activation_key: ClassVar[str] = "hidden_act"
     has_no_defaults_at_init: ClassVar[bool] = True  # a config without `activation` is an error even as a default
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.activation = kwargs.pop("activation", None)
         self.activation_threshold = kwargs.pop("activation_threshold", None)
+        self.neurons_per_gate = kwargs.pop("neurons_per_gate", 1)
         if getattr(self, self.activation_key) == "":
             setattr(self, self.activation_key, self.activation)
         self.checked_activation()
         self.layer_thresholds()
+        self.gate_rows()
         super().__post_init__(**kwargs)  # type: ignore[misc]
         family = type(self).__name__.removesuffix("Config")
         module = Path(CODE_FILE).stem
@@ -161,6 +179,17 @@ class _SparseConfig:
                 )
         return self.activation
 
+    def gate_rows(self) -> int:
+        """Rows of gate_proj: one for every group of neurons that share a gate.
+
+        Raises:
+            ValueError: `neurons_per_gate` is no whole number >= 1 that divides `intermediate_size`.
+        """
+        neurons, group = self.intermediate_size, self.neurons_per_gate  # type: ignore[attr-defined]
+        if type(group) is not int or group < 1 or neurons % group:
+            raise ValueError(f"`neurons_per_gate` must be a whole number >= 1 that divides {neurons}, not {group!r}")
+        return int(neurons) // group
+
     def layer_thresholds(self) -> list[float] | list[None]:
         """The activation threshold of every layer, or as many None.
 
@@ -182,6 +211,14 @@ class _SparseConfig:
         Path(save_directory, CODE_FILE).write_bytes(code)
 
 
+def _with_rows(gate_proj: nn.Linear, rows: int) -> nn.Linear:
+    """The projection, or a new one like it where it has another number of rows."""
+    if gate_proj.out_features == rows:
+        return gate_proj
+    weight, biased = gate_proj.weight, gate_proj.bias is not None
+    return nn.Linear(gate_proj.in_features, rows, biased, device=weight.device, dtype=weight.dtype)
+
+
 class _SparseModel:
     """What a sparse model does to its family's: every `layer.mlp` is a SparseGLU; comes first in its bases."""
 
@@ -196,7 +233,9 @@ class _SparseModel:
             setattr(config, config.activation_key, activation)
         for layer, threshold in zip(self.model.layers, config.layer_thresholds(), strict=True):  # type: ignore[attr-defined]
             dense = layer.mlp
-            layer.mlp = SparseGLU(dense.gate_proj, dense.up_proj, dense.down_proj, activation, threshold)
+            gate = _with_rows(dense.gate_proj, config.gate_rows())
+            group = config.neurons_per_gate
+            layer.mlp = SparseGLU(gate, dense.up_proj, dense.down_proj, activation, threshold, group)
 
 
 class TurboSparseLlamaConfig(_SparseConfig, LlamaConfig):

@@ -122,9 +122,9 @@ class Predictors:
         blocks = ffns(model)
         if not all(isinstance(mlp, SparseGLU) for mlp in blocks):
             raise UserError("`predictability` is for sparse models; convert the model first, or leave it out")
-        neurons, hidden = blocks[0].gate_proj.weight.shape
+        neurons, hidden = blocks[0].up_proj.weight.shape
         self.rank = rank_for(settings.share, hidden, neurons)
-        device, layers = blocks[0].gate_proj.weight.device, len(blocks)
+        device, layers = blocks[0].up_proj.weight.device, len(blocks)
         self._white = torch.zeros(layers, hidden, hidden, device=device)
         self._rows = [torch.zeros(self.rank, hidden, device=device) for _ in blocks]
         self._columns = [torch.zeros(neurons, self.rank, device=device) for _ in blocks]

@@ -135,8 +135,10 @@ class Stage(_Strict):
     max_grad_norm: float = Field(default=1.0, gt=0)
     sparsity: Sparsity | None = None
     teacher: str | None = None
-    sides: Literal["best", "one"] | None = Field(default=None, description="for a fresh dReLU swap: see allot.py")
-    width: float = Field(default=1.0, ge=1, le=4, description="with `sides: best`: neurons over the dense model's")
+    sides: Literal["best", "pairs", "one"] | None = Field(
+        default=None, description="for a fresh dReLU swap: see allot.py"
+    )
+    width: float = Field(default=1.0, ge=1, le=4, description="with best or pairs: neurons over the dense model's")
     soft_slopes: bool = Field(default=False, description="of a sparse model: neurons that are off learn, see slopes.py")
     ternary_gates: bool = Field(default=False, description="of a sparse model: 2 bits a weight, see ternary.py")
     quant: Literal["q4_0"] | None = Field(default=None, description="weights as an export of it has them: quantized.py")
@@ -151,8 +153,8 @@ class Stage(_Strict):
             raise ValueError("`teacher` belongs to the layerwise objective, which needs it")
         if self.objective != "layerwise" and self.sides:
             raise ValueError("`sides` belongs to the layerwise objective")
-        if self.width != 1 and self.sides != "best":
-            raise ValueError("`width` chooses among all sides of the neurons: add `sides: best`, or leave it out")
+        if self.width != 1 and self.sides not in ("best", "pairs"):
+            raise ValueError("`width` chooses among all sides: add `sides: best` or `sides: pairs`, or leave it out")
         if self.objective == "layerwise" and self.distillation is not None:
             raise ValueError("`distillation` belongs to the cross_entropy objective")
         if self.objective == "layerwise" and self.predictability is not None:

@@ -2,7 +2,7 @@
 
 relu(a) * relu(b) does not mind which factor is the gate, but the engine does: in exact mode it reads all gates, and of
 up only the rows whose gate is open. So the rows of the two trade places where up is the one that closes more often.
-The model computes the same.
+The model computes the same. A gate that serves several neurons stays what it is.
 
 Shapes: B windows, T tokens, F neurons of one FFN.
 """
@@ -35,7 +35,7 @@ def settle_roles(model: Any, batches: Iterable[Tensor], dtype: torch.dtype | Non
     """Let gate and up of a dReLU model trade places, in place, where up is positive less often.
 
     Args:
-        model: a dReLU model; of any other nothing is changed.
+        model: a dReLU model whose neurons have gates of their own; of any other nothing is changed.
         batches: int64 [B, T] token ids; some ten thousand tokens are enough.
         dtype: of the residual stream, as in last_hidden.
 
@@ -43,7 +43,7 @@ def settle_roles(model: Any, batches: Iterable[Tensor], dtype: torch.dtype | Non
         the share of neurons whose projections traded places, 0..1.
     """
     mlps = ffns(model)
-    if any(getattr(mlp, "activation", None) != "drelu" for mlp in mlps):
+    if any(getattr(mlp, "activation", None) != "drelu" or mlp.neurons_per_gate > 1 for mlp in mlps):
         return 0.0
     watched = [(mlp, mlp.tap, _Openings()) for mlp in mlps]
     for mlp, _, openings in watched:
