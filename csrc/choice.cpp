@@ -6,18 +6,19 @@
 namespace turbosparse {
 namespace {
 
-// What a row of a list costs, where one of three matrices that are read from end to end costs 1 (docs/experiments.md):
-// it comes from a place that the processor does not foresee, and adding a row up is more work than a product.
-constexpr double kDense = 3, kListed = 1.3, kAdded = 1.9;
+// What a row of a list costs, where one of a matrix that is read from end to end costs 1 (docs/experiments.md): it
+// comes from a place that the processor does not foresee, and adding a row up is more work than a product.
+constexpr double kUpAndDown = 2, kListed = 1.3, kAdded = 1.9;
 
 }  // namespace
 
-Choice::Choice(int64_t neurons, const std::vector<double>& predictor_cost, bool by_gate)
+Choice::Choice(int64_t neurons, int64_t per_gate, const std::vector<double>& predictor_cost, bool by_gate)
     : neurons_(neurons),
+      gate_cost_(1.0 / static_cast<double>(per_gate)),
       by_gate_(by_gate),
       layers_(predictor_cost.size()),
       chosen_(predictor_cost.size(), Mode::exact) {
-  for (size_t i = 0; i < layers_.size(); ++i) layers_[i].predictor_cost = predictor_cost[i];
+  for (size_t i = 0; i < layers_.size(); ++i) layers_[i].predictor_cost = gate_cost_ * predictor_cost[i];
 }
 
 void Choice::count(int64_t layer, int64_t open, int64_t active, int64_t selected) {
@@ -45,13 +46,14 @@ void Choice::reset() {
 Mode Choice::cheapest(const Layer& layer) const {
   const double seen = static_cast<double>(tokens_ * neurons_);
   const double open = layer.open / seen, active = layer.active / seen, selected = layer.selected / seen;
-  const double exact = 1 + kListed * open + kAdded * active;
+  // Of each neuron.
+  const double dense = gate_cost_ + kUpAndDown, exact = gate_cost_ + kListed * open + kAdded * active;
   const double needed = std::min(open, selected);
-  const double found = by_gate_ ? 1 : layer.predictor_cost + kListed * selected;  // every gate, or those selected
+  // Every gate, or those of the selected neurons: one for each, as far as there are so many.
+  const double found = by_gate_ ? gate_cost_ : layer.predictor_cost + kListed * std::min(selected, gate_cost_);
   const double predicted = found + kListed * needed + kAdded * active;
-  if (predicts_ && (by_gate_ || layer.predictor_cost > 0) && predicted < std::min(kDense, exact))
-    return Mode::predicted;
-  return exact < kDense ? Mode::exact : Mode::dense;
+  if (predicts_ && (by_gate_ || layer.predictor_cost > 0) && predicted < std::min(dense, exact)) return Mode::predicted;
+  return exact < dense ? Mode::exact : Mode::dense;
 }
 
 }  // namespace turbosparse

@@ -20,6 +20,11 @@ constexpr int64_t kTogether = 5;
 // The activation's dead zone: h, or zero where it is smaller than the layer's threshold.
 float above(float h, float threshold) { return std::fabs(h) < threshold ? 0.0f : h; }
 
+// Each of n values `times` times, side by side.
+void repeat(const float* values, int64_t n, int64_t times, float* out) {
+  for (int64_t i = 0; i < n; ++i) out = std::fill_n(out, times, values[i]);
+}
+
 }  // namespace
 
 // Which FFN computes which row, into the scratch of every member, and the inputs of the rows in the order of the slots.
@@ -168,8 +173,25 @@ void Forward::whole_products(Member& member, const Ffn& ffn, const Whole& whole,
     multiply(member, w, input, out + group.first * f, f);
   };
   all_rows(whole.scores && ffn.fc2.rows > 0, Phase::predictor, ffn.fc2, hidden, scores());
-  all_rows(whole.gates, Phase::gate, ffn.gate, x, gates());
+  if (whole.gates) whole_gates(member, ffn.gate, group, x);
   all_rows(whole.ups, Phase::up, ffn.up, x, ups());
+}
+
+// Every gate; one that neurons share is computed once and goes to all of them, so that the rest need not know.
+void Forward::whole_gates(Member& member, const Matrix& w, const Routing::Group& group, const Inputs& x) {
+  const int64_t f = config_.ffn, times = config_.neurons_per_gate;
+  float* gate = gates() + group.first * f;
+  enter(member, Phase::gate);
+  if (times == 1) {
+    multiply(member, w, x, gate, f);
+    return;
+  }
+  float* shared = shared_gates() + group.first * w.rows;
+  multiply(member, w, x, shared, w.rows, [&](int64_t first, int64_t last) {
+    for (int64_t t = 0; t < group.n; ++t) {
+      repeat(shared + t * w.rows + first, last - first, times, gate + t * f + first * times);
+    }
+  });
 }
 
 // How a row computes a layer: dense, exact or predicted.
@@ -253,7 +275,7 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
   } else {
     list_open(s, at, open);
     s.clock.enter(Phase::up_open);
-    count_read(s, pass, at, open, at.ffn.up, 1);
+    count_read(s, pass, at.first, open, at.ffn.up, 1);
     listed_product(s, at.ffn.up, open, x, row);
     s.clock.enter(Phase::other);
   }
@@ -284,7 +306,7 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
   }
   if (mode == Mode::dense) active = list_every(s, at, active);
   s.clock.enter(mode == Mode::dense ? Phase::down : Phase::down_firing);
-  count_read(s, pass, at, active, at.ffn.down, 2);
+  count_read(s, pass, at.first, active, at.ffn.down, 2);
   if (sums_together(pass, at.ffn.down)) {
     std::copy_n(s.value.data(), at.n, row_of(gates(), at, row));
   } else if (at.ffn.down.largest) {
@@ -315,13 +337,19 @@ int64_t Forward::open_gates(Scratch& s, const Pass& pass, const Neurons& at, int
   if (at.whole.gates) {
     for (int64_t i = 0; i < selected; ++i) s.value[i] = gate[s.open[i]];
   } else {
-    list_open(s, at, selected);
-    s.clock.enter(Phase::gate_selected);
-    count_read(s, pass, at, selected, at.ffn.gate, 0);
-    listed_product(s, at.ffn.gate, selected, x, row);
-    s.clock.enter(Phase::other);
+    listed_gates(s, pass, at, row, x, selected);
   }
   return keep_open(s, selected);
+}
+
+// The gates of the first n of s.open, into s.value; one that neurons share is computed once.
+void Forward::listed_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t n) {
+  const int64_t gates = list_gates(s, at, n);
+  s.clock.enter(Phase::gate_selected);
+  count_read(s, pass, at.first / config_.neurons_per_gate, gates, at.ffn.gate, 0);
+  listed_product(s, at.ffn.gate, gates, x, row);
+  s.clock.enter(Phase::other);
+  if (gates < n) spread_gates(s, at, n, gates);
 }
 
 // Of the n neurons of s.open, whose gates are s.value, those that are open move to the front. Returns how many.
@@ -351,6 +379,30 @@ void Forward::list_open(Scratch& s, const Neurons& at, int64_t n) {
   for (int64_t i = 0; i < n; ++i) s.listed[i] = static_cast<int32_t>(at.first) + s.open[i];
 }
 
+// s.listed = the rows of the gate that serve the first n of s.open, among whom those of one row are neighbours. Returns
+// how many. A row that serves two blocks is computed, and counted, in both.
+int64_t Forward::list_gates(Scratch& s, const Neurons& at, int64_t n) {
+  list_open(s, at, n);
+  const auto per_gate = static_cast<int32_t>(config_.neurons_per_gate);
+  if (per_gate == 1) return n;
+  int64_t gates = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t gate = s.listed[i] / per_gate;
+    if (gates == 0 || s.listed[gates - 1] != gate) s.listed[gates++] = gate;
+  }
+  return gates;
+}
+
+// s.value, from those of the rows that s.listed names to those of the first n of s.open; the last ones first, as they
+// move up.
+void Forward::spread_gates(Scratch& s, const Neurons& at, int64_t n, int64_t gates) {
+  const auto per_gate = static_cast<int32_t>(config_.neurons_per_gate);
+  for (int64_t i = n - 1, j = gates - 1; i >= 0; --i) {
+    if ((static_cast<int32_t>(at.first) + s.open[i]) / per_gate != s.listed[j]) --j;
+    s.value[i] = s.value[j];
+  }
+}
+
 // Dense mode adds every neuron up: the `active` ones that are listed, and zeros in the others' places.
 int64_t Forward::list_every(Scratch& s, const Neurons& at, int64_t active) {
   for (int64_t i = active - 1, j = at.n - 1; j >= 0; --j) {
@@ -363,14 +415,15 @@ int64_t Forward::list_every(Scratch& s, const Neurons& at, int64_t active) {
   return at.n;
 }
 
-// Bytes of the listed rows of `w`, the which-th matrix of the FFN; what an earlier row of the pass has read is free.
-void Forward::count_read(Scratch& s, const Pass& pass, const Neurons& at, int64_t n, const Matrix& w, int which) {
+// Bytes of the n listed rows of `w`, the which-th matrix of the FFN, where the block's rows begin at `first`; what an
+// earlier row of the pass has read is free.
+void Forward::count_read(Scratch& s, const Pass& pass, int64_t first, int64_t n, const Matrix& w, int which) {
   int64_t read = n;
   if (pass.n > 1) {
     uint8_t* seen = &s.seen[which * model_->neuron_block()];
     read = 0;
     for (int64_t i = 0; i < n; ++i) {
-      uint8_t& mark = seen[s.listed[i] - at.first];
+      uint8_t& mark = seen[s.listed[i] - first];
       read += mark == 0;
       mark = 1;
     }

@@ -75,7 +75,7 @@ class Forward {
     std::vector<float> scores, inverse;
     std::vector<float> gate_open, value;  // of listed neurons
     std::vector<int32_t> open, listed;
-    std::vector<uint8_t> seen;  // [gate, up and down, neurons of a block]: read for an earlier row already
+    std::vector<uint8_t> seen;  // [gate, up and down, rows of a block]: read for an earlier row already
     Routing routing;            // of the layer at work; the same in every member
     std::vector<Row> slots;     // the rows in the order of its slots
     Traffic traffic;
@@ -188,22 +188,28 @@ class Forward {
   Whole whole_of(const Pass& pass, int64_t index, bool predicts) const;
   void whole_products(Member& member, const Ffn& ffn, const Whole& whole, const Routing::Group& group, const Inputs& x,
                       const Inputs& hidden);
+  void whole_gates(Member& member, const Matrix& w, const Routing::Group& group, const Inputs& x);
   void neuron_block(Scratch& s, const Pass& pass, int64_t index, const Routing::Group& group, int64_t block,
                     const Inputs& x, const Whole& whole);
   static bool sums_together(const Pass& pass, const Matrix& down);
   void fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x);
   int64_t open_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t selected);
+  void listed_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t n);
   int64_t keep_open(Scratch& s, int64_t n) const;
   int64_t select(Scratch& s, const Pass& pass, const Neurons& at, int64_t row);
   void list_open(Scratch& s, const Neurons& at, int64_t n);
+  int64_t list_gates(Scratch& s, const Neurons& at, int64_t n);
+  void spread_gates(Scratch& s, const Neurons& at, int64_t n, int64_t gates);
   int64_t list_every(Scratch& s, const Neurons& at, int64_t active);
-  void count_read(Scratch& s, const Pass& pass, const Neurons& at, int64_t n, const Matrix& w, int which);
+  void count_read(Scratch& s, const Pass& pass, int64_t first, int64_t n, const Matrix& w, int which);
   void count_row(const Pass& pass, const Neurons& at, int64_t row);
   void reduce_blocks(Member& member, int64_t slots);
   // Of all FFNs' rows, [slots, ffn].
   float* gates() { return reinterpret_cast<float*>(hidden_.data()); }
   float* ups() { return gates() + most_slots_ * config_.ffn; }
   float* scores() { return ups() + most_slots_ * config_.ffn; }
+  // [slots, gate rows]: each gate once, where several neurons share it.
+  float* shared_gates() { return scores() + most_slots_ * config_.ffn; }
   float* row_of(float* rows, const Neurons& at, int64_t row) const {
     return rows + (at.slot + row) * config_.ffn + at.first;
   }
@@ -217,7 +223,7 @@ class Forward {
   std::vector<int32_t> cells_;  // 0, 1, 2 ... as many as the longest context that was seen
   const int64_t most_slots_;    // of a layer: rows, each as often as it is computed
   std::vector<float> residual_, update_, qkv_, attended_, predictor_hidden_, router_;
-  Mapping hidden_;   // gates, ups and scores: [3, slots, ffn] floats
+  Mapping hidden_;   // gates, ups and scores: [3, slots, ffn] floats; and, where neurons share them, gates once more
   Mapping partial_;  // [slots, neuron blocks, hidden] floats
   std::vector<float> cosine_, sine_, cosine_local_, sine_local_;
   InputRoom shared_[kRooms];

@@ -88,9 +88,10 @@ Matrix* Model::matrix_slot(const std::string& name, int64_t expert, int64_t rows
     Layer& l = layers_[layer];
     Ffn& ffn = l.ffns[expert];
     const std::string end = c.experts > 0 ? "_exps.weight" : ".weight";
-    entries = {{"attn_q.weight", {&l.q, c.q_size(), c.hidden}},  {"attn_k.weight", {&l.k, c.kv_size(), c.hidden}},
-               {"attn_v.weight", {&l.v, c.kv_size(), c.hidden}}, {"attn_output.weight", {&l.o, c.hidden, c.q_size()}},
-               {"ffn_gate" + end, {&ffn.gate, c.ffn, c.hidden}}, {"ffn_up" + end, {&ffn.up, c.ffn, c.hidden}}};
+    entries = {
+        {"attn_q.weight", {&l.q, c.q_size(), c.hidden}},          {"attn_k.weight", {&l.k, c.kv_size(), c.hidden}},
+        {"attn_v.weight", {&l.v, c.kv_size(), c.hidden}},         {"attn_output.weight", {&l.o, c.hidden, c.q_size()}},
+        {"ffn_gate" + end, {&ffn.gate, c.gate_rows(), c.hidden}}, {"ffn_up" + end, {&ffn.up, c.ffn, c.hidden}}};
     if (c.experts > 0) entries["ffn_gate_inp.weight"] = {&l.router, c.experts, c.hidden};
     if (c.sparse()) {
       entries["ffn_down_t" + end] = {&ffn.down, c.ffn, c.hidden};
@@ -200,7 +201,7 @@ std::vector<double> Model::predictor_costs() const {
   for (const Layer& l : layers_) {
     const Ffn& ffn = l.ffns[0];
     const auto bytes = static_cast<double>(ffn.fc1.rows * ffn.fc1.row_bytes + ffn.fc2.rows * ffn.fc2.row_bytes);
-    costs.push_back(bytes / static_cast<double>(config_.ffn * ffn.gate.row_bytes));
+    costs.push_back(bytes / static_cast<double>(ffn.gate.rows * ffn.gate.row_bytes));
   }
   return costs;
 }

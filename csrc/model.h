@@ -35,6 +35,7 @@ struct Config {
   std::vector<bool> sliding_layers;
   Activation activation = Activation::swiglu;
   int64_t experts = 0, experts_used = 0;  // 0: a layer has one FFN, and no router
+  int64_t neurons_per_gate = 1;           // neurons next to each other that share a row of the gate
   // One entry a layer, or none: the width of its predictor (0: it has none). And the score that selects a neuron, one
   // entry an FFN.
   std::vector<int64_t> predictor_ranks;
@@ -48,6 +49,7 @@ struct Config {
   int64_t kv_size() const { return kv_heads * head_dim; }
   int64_t ffns() const { return std::max<int64_t>(experts, 1); }            // of a layer
   int64_t ffns_used() const { return std::max<int64_t>(experts_used, 1); }  // by a token
+  int64_t gate_rows() const { return ffn / neurons_per_gate; }
   bool slides(int64_t layer) const {
     return sliding_window > 0 && layer < static_cast<int64_t>(sliding_layers.size()) && sliding_layers[layer];
   }
@@ -125,7 +127,7 @@ class Model {
   // Inputs of products are worth a second int8 term: the weights lose less than one term would.
   bool fine_inputs() const { return layers_[0].ffns[0].up.type == WeightType::q8_0; }
 
-  // What the predictor of each layer costs, in rows of gate for each neuron; 0 where there is none, or only gates.
+  // What the predictor of each layer costs, over its gate; 0 where there is none, or only gates.
   std::vector<double> predictor_costs() const;
 
   // Neurons of a sparse FFN are summed in fixed blocks: few, so that partial sums stay small, and independent of

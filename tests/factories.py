@@ -108,9 +108,9 @@ def make_folder(folder: Path, family: str, activation: str = DENSE, seed: int = 
     return folder
 
 
-def make_ternary_folder(folder: Path) -> Path:
+def make_ternary_folder(folder: Path, **changes: Any) -> Path:
     """Write a tiny random dReLU Llama whose gates have three values a row; returns `folder`."""
-    model = AutoModelForCausalLM.from_pretrained(make_folder(folder, "llama", "drelu"), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(make_folder(folder, "llama", "drelu", **changes), dtype=torch.float32)
     use_ternary_gates(model)
     settle_rounded(model)
     model.save_pretrained(folder)
