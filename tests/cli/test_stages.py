@@ -91,6 +91,18 @@ def test_info(sparse):
     assert "turbosparse" in turbo("info", sparse).stdout
 
 
+def test_shared_gates_in_every_command(sparse, tmp_path):
+    folder, path = make_folder(tmp_path / "hf", "llama", "drelu", neurons_per_gate=2), tmp_path / "m.gguf"
+    turbo("export", folder, path)
+    assert turbo_json("info", path)["neurons_per_gate"] == 2 and "neurons per gate" in turbo("info", path).stdout
+    assert "neurons_per_gate" not in turbo_json("info", sparse)
+    arguments = ("run", path, "-p", "the quick", "-n", 8, "--ignore-eos", "--mode")
+    dense, exact = (turbo_json(*arguments, mode) for mode in ("dense", "exact"))
+    assert dense["text"] == exact["text"] and 0.6 < exact["sparsity"] < 0.9
+    bench = turbo_json("bench", path, "--repeats", 1, "-n", 4)
+    assert [run["mode"] for run in bench["runs"]][:2] == ["dense", "exact"]
+
+
 def test_a_name_is_neither_markup_nor_obeyed(sparse, tmp_path):
     content, name = sparse.read_bytes(), b"[/a]\x1b[2J:x:"
     assert content.count(b"llama-drelu") == 1 and len(name) == len(b"llama-drelu")
@@ -154,9 +166,12 @@ def test_a_conversation_that_does_not_fit_is_an_error(sparse):
     assert "does not fit the context of 16" in done.stderr
 
 
-def test_analyze_gives_the_same_figures_for_a_folder_and_for_its_file(tiny_folder, tiny_gguf, text):
-    ours = turbo_json("analyze", tiny_gguf("llama", "drelu", "f32"), "--data", text, "--compute", "f32")
-    theirs = turbo_json("analyze", tiny_folder("llama", "drelu"), "--data", text)
+@pytest.mark.parametrize("group", [1, 3])
+def test_analyze_gives_the_same_figures_for_a_folder_and_for_its_file(tiny_folder, tiny_gguf, text, group):
+    file = tiny_gguf("llama", "drelu", "f32", group)
+    ours = turbo_json("analyze", file, "--data", text, "--compute", "f32")
+    theirs = turbo_json("analyze", tiny_folder("llama", "drelu", group), "--data", text)
+    assert ours["neurons"] == theirs["neurons"] == 96
     assert ours["tokens"] == theirs["tokens"] > 50
     assert ours["sparsity"] == pytest.approx(theirs["sparsity"], abs=1e-4)
     for a, b in zip(ours["layers"], theirs["layers"], strict=True):
@@ -168,7 +183,7 @@ def test_analyze_gives_the_same_figures_for_a_folder_and_for_its_file(tiny_folde
         assert [a[key] for key in ("h", "gate", "up")] == pytest.approx(
             [b[key] for key in ("h", "gate", "up")], abs=1e-3
         )
-    assert "mean" in turbo("analyze", tiny_gguf("llama", "drelu", "f32"), "--data", text, "--limit", 40).stdout
+    assert "mean" in turbo("analyze", file, "--data", text, "--limit", 40).stdout
 
 
 def test_perplexity_of_a_folder_and_its_file_agree(tiny_folder, tiny_gguf, text):

@@ -3,9 +3,12 @@
 import json
 from dataclasses import replace
 
+import gguf
+import numpy as np
 import pytest
-from factories import ACTIVATIONS, FAMILY_NAMES, MIXTURES, make_folder
+from factories import ACTIVATIONS, FAMILY_NAMES, MIXTURES, copy_metadata, make_folder
 
+from turbosparse.engine import Engine
 from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig
 from turbosparse.model.export import export_gguf
@@ -167,3 +170,84 @@ def test_an_impossible_mixture_is_one_sentence(tiny_folder, family, changes, nam
     with pytest.raises(UserError, match=named) as caught:
         ModelConfig.from_hf(values | changes, "some/config.json")
     assert str(caught.value).startswith("some/config.json") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "version"),
+    [
+        ({}, 1),
+        ({"activation_threshold": [0.1, 0.2]}, 2),
+        ({"neurons_per_gate": 1}, 1),
+        ({"neurons_per_gate": 3}, 4),
+        ({"neurons_per_gate": 2, "activation_threshold": [0.1, 0.2]}, 4),
+    ],
+    ids=str,
+)
+def test_shared_gates_are_a_key_and_a_version_that_only_their_files_have(tmp_path, changes, version):
+    folder = make_folder(tmp_path / "hf", "llama", "drelu", **changes)
+    export_gguf(folder, tmp_path / "a.gguf", "q8_0")
+    group = changes.get("neurons_per_gate", 1)
+    config = _from_file(tmp_path / "a.gguf")
+    assert config == _from_folder(folder) and config.neurons_per_gate == group
+    with GGUFFile.open(tmp_path / "a.gguf") as file:
+        assert file.metadata["turbosparse.format_version"] == version
+        assert file.metadata.get("turbosparse.neurons_per_gate") == (None if group == 1 else group)
+        assert file.metadata["turbosparse.feed_forward_length"] == 96 == file.tensors["blk.1.ffn_up.weight"].shape[0]
+        assert file.tensors["blk.1.ffn_gate.weight"].shape == (96 // group, 64)
+
+
+def _with_group(source, out, group):
+    """The same file with another `neurons_per_gate`."""
+    with GGUFFile.open(source) as file:
+        file.metadata |= {"turbosparse.neurons_per_gate": group, "turbosparse.format_version": 4}
+        writer = gguf.GGUFWriter(out, "turbosparse")
+        copy_metadata(file, writer)
+        for name, tensor in file.tensors.items():
+            writer.add_tensor(name, np.frombuffer(tensor.data, np.float32).reshape(tensor.shape))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return out
+
+
+GROUPS = [
+    (5, "96 neurons cannot share gates evenly, 5 to a gate"),
+    (0, "neurons_per_gate is 0, not from 1 to 64"),
+    (96, "neurons_per_gate is 96, not from 1 to 64"),
+    (4_000_000_000, "neurons_per_gate is 4000000000, not from 1 to 64"),
+    ("2", "neurons_per_gate is '2', not one whole number"),
+    (True, "neurons_per_gate is True, not one whole number"),
+]
+
+
+@pytest.mark.parametrize(("group", "problem"), [*GROUPS, (2, r"'blk.0.ffn_gate.weight' has the shape \(96, 64\)")])
+def test_a_file_whose_gates_cannot_be_shared_so_is_one_sentence(tiny_gguf, tmp_path, group, problem):
+    path = _with_group(tiny_gguf("llama", "drelu"), tmp_path / "a.gguf", group)
+    with pytest.raises(UserError, match=problem) as caught:
+        Engine.load(path)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and message.endswith(".") and "\n" not in message
+
+
+@pytest.mark.parametrize(("group", "problem"), [*GROUPS, (-2, "-2, not from"), (10**400, "not from"), (1.5, "1.5")])
+def test_a_folder_whose_gates_cannot_be_shared_so_is_one_sentence(tiny_folder, group, problem):
+    values = json.loads((tiny_folder("llama", "drelu") / "config.json").read_text())
+    with pytest.raises(UserError, match=problem) as caught:
+        ModelConfig.from_hf(values | {"neurons_per_gate": group}, "some/config.json")
+    message = str(caught.value)
+    assert message.startswith("some/config.json") and message.endswith(".") and "\n" not in message
+
+
+def test_experts_do_not_share_gates(tiny_folder, tiny_gguf, tmp_path):
+    values = json.loads((tiny_folder("mixtral", "drelu") / "config.json").read_text())
+    with pytest.raises(UserError, match="experts whose neurons share gates"):
+        ModelConfig.from_hf(values | {"neurons_per_gate": 2})
+    path = _with_group(tiny_gguf("mixtral", "drelu"), tmp_path / "a.gguf", 2)
+    with pytest.raises(UserError, match="experts whose neurons share gates"):
+        Engine.load(path)
+
+
+def test_a_dense_model_shares_no_gates(tiny_folder):
+    values = json.loads((tiny_folder("llama") / "config.json").read_text())
+    assert ModelConfig.from_hf(values | {"neurons_per_gate": 2}).neurons_per_gate == 1

@@ -86,6 +86,26 @@ def test_what_comes_back_is_what_went(wide, tmp_path, family):
         assert equal_bits(second.session().logits(TOKENS, mode), expected), mode
 
 
+@pytest.mark.parametrize("quant", ["f32", "f16", "q4_0"])
+def test_gates_that_neurons_share_are_written_for_each(wide, tmp_path, quant):
+    folder, source = wide("drelu", quant, neurons_per_gate=4)
+    export_powerinfer(source, tmp_path / "a.gguf", quant)
+    with GGUFFile.open(source) as ours, GGUFFile.open(tmp_path / "a.gguf") as theirs:
+        gate, repeated = (file.tensors["blk.1.ffn_gate.weight"] for file in (ours, theirs))
+        assert (gate.shape, repeated.shape) == ((FFN // 4, 64), (FFN, 64)) and gate.type == repeated.type
+        assert np.array_equal(repeated.data.reshape(FFN, -1), gate.data.reshape(FFN // 4, -1).repeat(4, axis=0))
+        assert theirs.metadata["bamboo.feed_forward_length"] == FFN
+        assert not any("neurons_per_gate" in key for key in theirs.metadata)
+        assert ModelConfig.from_gguf(theirs).neurons_per_gate == 1
+    export_powerinfer(folder, tmp_path / "b.gguf", quant)
+    assert (tmp_path / "b.gguf").stat().st_size == (tmp_path / "a.gguf").stat().st_size
+    if quant == "f16":  # whose down projection stays as it is
+        first, second = (Engine.load(path, threads=2) for path in (source, tmp_path / "a.gguf"))
+        expected = first.session().logits(TOKENS, "exact")
+        for mode in second.modes:
+            assert equal_bits(second.session().logits(TOKENS, mode), expected), mode
+
+
 def _selected(path, tokens):
     engine = Engine.load(path, compute="f32")
     engine.count_activations()

@@ -83,6 +83,30 @@ def test_predictors_select_and_cost_what_was_asked_for(tmp_path, quant, selected
     assert np.median(often) == pytest.approx(10 * selected, abs=3) and (often < 45).mean() > 0.99
 
 
+@pytest.mark.parametrize("prediction", [None, Prediction(1.2, 0.06)])
+@pytest.mark.parametrize("group", [2, 3])
+def test_neurons_that_share_gates_are_as_sparse_as_asked(tmp_path, group, prediction):
+    out = tmp_path / "model.gguf"
+    config = dataclasses.replace(shape_config("smollm2-135m", "drelu", layers=3), neurons_per_gate=group)
+    write_synthetic(out, "m", config, rates_for(0.9, 0.25), "q4_0", prediction=prediction)
+    measured = measure_rates(out)
+    assert (measured.gate, measured.up, measured.h) == pytest.approx((0.25, 0.4, 0.1), abs=0.03)
+    engine = Engine.load(out)
+    assert engine.config.neurons_per_gate == group
+    engine.count_activations(True)
+    engine.session(128).logits(list(range(300, 400)), "exact")
+    counts = engine.counters()
+    assert counts.h.sum() / counts.h.size / 100 == pytest.approx(0.1, abs=0.02)
+    if prediction is not None:
+        assert measured.selected == pytest.approx(1.2, rel=0.07) and measured.recall > 0.93
+        assert counts.hit.sum() / counts.h.sum() == pytest.approx(measured.recall, abs=0.05)
+        with GGUFFile.open(out) as file:
+            sizes = {name: tensor.data.size for name, tensor in file.tensors.items()}
+        ffns = sum(size for name, size in sizes.items() if ".ffn_" in name and "norm" not in name)
+        share = sum(size for name, size in sizes.items() if ".fc" in name) / ffns
+        assert share == pytest.approx(0.06, rel=0.15)  # ranks are multiples of 32
+
+
 def mixture(activation: str = "drelu", **changes) -> ModelConfig:
     """The shape of a Mixtral, small."""
     config = shape_config("mixtral-47b", activation, layers=2)

@@ -1,7 +1,8 @@
 """Write a sparse model as a file that PowerInfer's own program runs.
 
 Its program computes what the architecture says and knows no options, so what it cannot be told stops the export. Its
-kernel for the down projection reads Q4_0 and takes everything else for F16. See powerinfer.py for the source.
+kernel for the down projection reads Q4_0 and takes everything else for F16. Every neuron has a gate of its own there:
+one that several share is written once for each. See powerinfer.py for the source.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from turbosparse.model.config_values import runtime_attention_scale
 from turbosparse.model.export import ExportReport, Progress, export_gguf, refuse_own_file, replacing
 from turbosparse.model.families import FAMILIES
 from turbosparse.model.gguf import MAGIC, POWERINFER_MAGIC, GGUFFile
-from turbosparse.model.gguf_copy import Copy, copy_key, copy_tensor, write_copies
+from turbosparse.model.gguf_copy import Copy, copy_key, copy_tensor, repeat_rows, write_copies
 from turbosparse.model.layout import EMBEDDING, OUTPUT, ROPE_FACTORS
 from turbosparse.model.powerinfer import THRESHOLD_KEY
 from turbosparse.model.powerinfer_predictor import common_threshold, predictor_copies
@@ -114,7 +115,8 @@ def _tensors(file: GGUFFile, config: ModelConfig, threshold: float) -> list[Copy
         if name.endswith((".fc1.weight", ".fc2.weight")):
             continue
         readable = frozenset({Type.Q4_0, Type.F16}) if name.endswith(".ffn_down_t.weight") else _READ
-        tensors.append(copy_tensor(tensor, tensor.type if tensor.type in readable else Type.F16))
+        copy = copy_tensor(tensor, tensor.type if tensor.type in readable else Type.F16)
+        tensors.append(repeat_rows(copy, config.neurons_per_gate) if name.endswith(".ffn_gate.weight") else copy)
     if config.tied_embeddings:
         tensors.append(copy_tensor(file.tensors[EMBEDDING], name=OUTPUT))
     return tensors + predictor_copies(file, config, threshold)

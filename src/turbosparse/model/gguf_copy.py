@@ -43,6 +43,18 @@ def copy_tensor(tensor: GGUFTensor, kind: GGMLQuantizationType | None = None, na
     return Copy(name or tensor.name, tensor.shape, kind, lambda: _parts(tensor, kind))
 
 
+def repeat_rows(copy: Copy, times: int) -> Copy:
+    """A matrix with each of its rows so many times, side by side."""
+    rows, columns = copy.shape
+    stride = row_bytes(copy.kind, columns)
+
+    def parts() -> Iterator[npt.NDArray[np.uint8]]:
+        for part in copy.parts():
+            yield part.reshape(-1, stride).repeat(times, axis=0)
+
+    return Copy(copy.name, (times * rows, columns), copy.kind, parts)
+
+
 def _parts(tensor: GGUFTensor, kind: GGMLQuantizationType) -> Iterator[npt.NDArray[np.uint8]]:
     columns = tensor.shape[-1]
     stride = row_bytes(tensor.type, columns)

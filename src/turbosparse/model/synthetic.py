@@ -130,6 +130,8 @@ def measure_rates(path: str | os.PathLike[str], tokens: int = 256, neurons: int 
     """What the rates of a written file are: the first `neurons` of its first and last FFN on random tokens."""
     with GGUFFile.open(path) as file:
         config = ModelConfig.from_gguf(file)
+        group = config.neurons_per_gate
+        neurons = min(neurons, config.ffn_size) // group * group
         ids = np.random.default_rng(1).integers(config.vocab_size, size=tokens)
         x = np.concatenate([dequantize_rows(file.tensors[EMBEDDING], int(i), int(i) + 1) for i in ids])
         x /= np.sqrt(np.square(x).mean(axis=1, keepdims=True))
@@ -141,12 +143,13 @@ def measure_rates(path: str | os.PathLike[str], tokens: int = 256, neurons: int 
                 part: str, inputs: npt.NDArray[np.float32], layer: int = layer, expert: int = expert
             ) -> npt.NDArray[np.float32]:
                 tensor = file.tensors[f"blk.{layer}.{part}{ending}"]
-                rows = tensor.shape[-2] if part == "fc1" else min(neurons, config.ffn_size)
+                rows = {"fc1": tensor.shape[-2], "ffn_gate": neurons // group}.get(part, neurons)
                 start = expert * tensor.shape[-2]
                 outputs: npt.NDArray[np.float32] = inputs @ dequantize_rows(tensor, start, start + rows).T
                 return outputs
 
             gate, up = (product(part, x) > 0 for part in ("ffn_gate", "ffn_up"))
+            gate = gate.repeat(group, axis=1)
             fires, selected = gate & up, np.ones_like(gate)
             if config.predictor is not None:
                 thresholds = np.reshape(config.predictor.thresholds, (config.n_layers, config.ffns))
@@ -204,7 +207,7 @@ class _Model:
                 return directions.fc1()[start:stop]
             if part == "fc2":
                 return directions.fc2(start, stop, kind)
-            return directions.neurons(part.removeprefix("ffn_"), start, stop)
+            return directions.matrix(part.removeprefix("ffn_"), start, stop)
         statistics = _statistics(spec, self.config, self._rates)
         if self._ternary_gates and part == "ffn_gate":
             statistics = dataclasses.replace(statistics, ternary=True)
@@ -225,6 +228,7 @@ class _Model:
                     _statistics(gate, self.config, self._rates),
                     _statistics(up, self.config, self._rates),
                     self.config.ffn_size,
+                    self.config.neurons_per_gate,
                 )
                 for expert in range(self.config.ffns)
             ]

@@ -49,7 +49,8 @@ class Prediction:
 
 def predictor_ranks(config: ModelConfig, share: float) -> tuple[int, ...]:
     """Widths of the layers' predictors: multiples of 32 whose sum comes nearest to `share` of the FFN's bytes."""
-    exact = share * 3 * config.ffn_size * config.hidden_size / (config.ffn_size + config.hidden_size) / _RANKS
+    matrices = 2 + 1 / config.neurons_per_gate
+    exact = share * matrices * config.ffn_size * config.hidden_size / (config.ffn_size + config.hidden_size) / _RANKS
     ends = [round(exact * layer) for layer in range(config.n_layers + 1)]
     return tuple(_RANKS * max(1, end - start) for start, end in pairwise(ends))
 
@@ -63,10 +64,19 @@ class Directions:
         kind: type of the matrices.
         gate, up: statistics of the rows, with a width of `columns`.
         neurons: of the layer.
+        per_gate: neurons next to each other that share a gate.
     """
 
     def __init__(
-        self, seed: tuple[int, ...], rank: int, columns: int, kind: Type, gate: Rows, up: Rows, neurons: int
+        self,
+        seed: tuple[int, ...],
+        rank: int,
+        columns: int,
+        kind: Type,
+        gate: Rows,
+        up: Rows,
+        neurons: int,
+        per_gate: int = 1,
     ) -> None:
         self._rng = np.random.Generator(np.random.SFC64(seed))
         self._kind, self._columns, self._half = kind, columns, rank // 2
@@ -74,10 +84,13 @@ class Directions:
         self._stored = {
             name: random_rows(self._rng, (self._half, columns), kind, rows) for name, rows in self._rows.items()
         }
-        self._chosen = {name: self._rng.integers(self._half, size=neurons) for name in self._rows}
+        self._neurons_per_row = {"gate": per_gate, "up": 1}
+        self._chosen = {
+            name: self._rng.integers(self._half, size=neurons // group) for name, group in self._neurons_per_row.items()
+        }
 
-    def neurons(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Rows of "gate" or "up" of some neurons as they are stored, uint8 [stop - start, bytes of a row]."""
+    def matrix(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Some rows of "gate" or "up" as they are stored, uint8 [stop - start, bytes of a row]."""
         rows = self._stored[name][self._chosen[name][start:stop]]
         own = random_rows(self._rng, (stop - start, self._columns), self._kind, self._rows[name])
         mask = self._rng.random(rows.shape, np.float32) < _NOISE
@@ -96,8 +109,8 @@ class Directions:
         """Rows of some neurons: -1 where its two directions are."""
         rows = np.zeros((stop - start, 2 * self._half), np.int8)
         every = np.arange(stop - start)
-        rows[every, self._chosen["gate"][start:stop]] = -1
-        rows[every, self._half + self._chosen["up"][start:stop]] = -1
+        rows[every, self._of_neurons("gate", start, stop)] = -1
+        rows[every, self._half + self._of_neurons("up", start, stop)] = -1
         return few_levels(rows, 1.0, kind)
 
     def threshold(self, x: npt.NDArray[np.float32], selected: float) -> float:
@@ -106,10 +119,15 @@ class Directions:
             x @ dequantize(stored.reshape(-1), self._kind, (self._half, self._columns)).T
             for stored in self._stored.values()
         )
-        gate, up = gate[:, self._chosen["gate"][:_PROBED]], up[:, self._chosen["up"][:_PROBED]]
+        probed = min(_PROBED, len(self._chosen["up"]))
+        gate, up = gate[:, self._of_neurons("gate", 0, probed)], up[:, self._of_neurons("up", 0, probed)]
         score = np.minimum(gate, 0.0) + np.minimum(up, 0.0)
         wanted = min(1.0, selected * float(((gate > 0) & (up > 0)).mean()))
         return float(np.float32(np.quantile(score, 1.0 - wanted)))
+
+    def _of_neurons(self, name: str, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Which direction each of some neurons has."""
+        return self._chosen[name][np.arange(start, stop) // self._neurons_per_row[name]]
 
 
 def probes(rng: np.random.Generator, columns: int, kind: Type, rows: Rows) -> npt.NDArray[np.float32]:
