@@ -91,3 +91,27 @@ def test_a_wider_layer_comes_closer_and_is_stored_as_it_is(pair, tmp_path):
         assert torch.equal(again(ids).logits, wide(ids).logits)
     narrow, double, whole = errors
     assert all(c < a < 0.8 * b for a, b, c in zip(double, narrow, whole, strict=True)), errors
+
+
+@torch.no_grad()
+def test_pairs_share_their_gates_and_come_closer_than_as_many_gates_of_single_sides(pair, tmp_path):
+    dense, sparse = pair
+    ids = torch.randint(40, (6, 64))
+    inputs = _inputs(dense, ids)
+    errors = []
+    for sides, width in (("best", 1), ("pairs", 2)):
+        student = copy.deepcopy(sparse)
+        unused = allot_neurons(student, dense, ids.split(2), sides=sides, width=width)
+        assert 0.05 < unused < 0.7
+        errors.append([_error(*each) for each in zip(ffns(student), ffns(dense), inputs, strict=True)])
+    assert student.config.intermediate_size == 64 and student.config.neurons_per_gate == 2
+    for mlp in ffns(student):
+        assert (mlp.gate_proj.out_features, mlp.up_proj.out_features, mlp.neurons_per_gate) == (32, 64, 2)
+        first, second = mlp.up_proj.weight.unflatten(0, (-1, 2)).unbind(1)
+        turned = torch.nn.functional.cosine_similarity(first, second)
+        torch.testing.assert_close(turned, -torch.ones_like(turned))  # both signs of one up
+    assert all(pairs < best for best, pairs in zip(*errors, strict=True)), errors
+    logits = student(ids).logits
+    student.save_pretrained(tmp_path)
+    again = TurboSparseLlamaForCausalLM.from_pretrained(tmp_path)
+    assert again.config.neurons_per_gate == 2 and torch.equal(again(ids).logits, logits)

@@ -1,5 +1,6 @@
 """The swap: every family, what a folder computes and where it loads; it never loads silently as something else."""
 
+import copy
 import json
 import os
 import subprocess
@@ -12,13 +13,15 @@ import torch
 from factories import add_predictor, make_folder, random_predictor
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import turbosparse
 from turbosparse.errors import UserError
 from turbosparse.model.export import export_gguf
 from turbosparse.relufy.convert import convert
-from turbosparse.relufy.drelu import FAMILIES, SparseGLU, drelu, reglu
+from turbosparse.relufy.drelu import FAMILIES, SparseGLU, TurboSparseLlamaConfig, drelu, reglu
+from turbosparse.relufy.slopes import SoftSlopeGLU
 from turbosparse.relufy.source import DENSE_TYPES
 
 _SIZES = {
@@ -111,6 +114,53 @@ expected = mlp.down_proj(torch.relu(mlp.gate_proj(x)) * torch.relu(mlp.up_proj(x
 assert torch.equal(mlp(x), expected), "not dReLU"
 print(type(model).__name__)
 """
+
+
+def _glu(activation: str, group: int) -> SparseGLU:
+    """Twelve neurons, a gate for each `group` of them."""
+    gate, up, down = nn.Linear(8, 12 // group), nn.Linear(8, 12), nn.Linear(12, 8)
+    return SparseGLU(gate, up, down, activation, 0.05, group)
+
+
+def _repeated(shared: SparseGLU) -> SparseGLU:
+    """The same block with a copy of its gate for every neuron."""
+    twin = copy.deepcopy(shared)
+    twin.gate_proj, twin.neurons_per_gate = nn.Linear(8, 12), 1
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            rows = getattr(shared.gate_proj, name).repeat_interleave(shared.neurons_per_gate, 0)
+            getattr(twin.gate_proj, name).copy_(rows)
+    return twin
+
+
+@pytest.mark.parametrize("group", [2, 3])
+@pytest.mark.parametrize("activation", ["drelu", "reglu"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_shared_gate_is_that_of_each_of_its_neurons(group, activation, soft):
+    torch.manual_seed(group)
+    shared = _glu(activation, group)
+    twin, seen = _repeated(shared), []
+    for mlp in (shared, twin):
+        mlp.tap = lambda *values: seen.append([value.detach() for value in values])
+        if soft:
+            mlp.__class__ = SoftSlopeGLU
+    x, weight = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    outputs = [mlp(x) for mlp in (shared, twin)]
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*seen)  # gate, up and h of every neuron
+    assert seen[0][0].shape == (2, 5, 12) and 0 < (seen[0][2] == 0).sum() < seen[0][2].numel()
+    for output in outputs:
+        (output * weight).sum().backward()
+    for name in ("weight", "bias"):
+        summed = getattr(twin.gate_proj, name).grad.unflatten(0, (-1, group)).sum(1)
+        torch.testing.assert_close(getattr(shared.gate_proj, name).grad, summed)
+        torch.testing.assert_close(getattr(shared.up_proj, name).grad, getattr(twin.up_proj, name).grad)
+
+
+@pytest.mark.parametrize("group", [5, 0, -2, 1 << 40, "2", 2.0, True, None])
+def test_gates_that_cannot_be_shared_so_are_no_config(group):
+    with pytest.raises(ValueError, match="`neurons_per_gate` must be a whole number >= 1 that divides 96"):
+        TurboSparseLlamaConfig(activation="drelu", intermediate_size=96, neurons_per_gate=group)
 
 
 def _load_elsewhere(
@@ -234,14 +284,16 @@ def test_mixtures_of_experts_are_not_converted(tiny_folder, tiny_gguf, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_a_sparse_file_becomes_the_folder_that_it_was_made_from(family, tmp_path):
-    source = make_folder(tmp_path / "source", family, "drelu", activation_threshold=[0.25, 0.5])
+def test_a_sparse_file_becomes_the_folder_that_it_was_made_from(family, group, tmp_path):
+    changes = {"activation_threshold": [0.25, 0.5], "neurons_per_gate": group}
+    source = make_folder(tmp_path / "source", family, "drelu", **changes)
     export_gguf(source, tmp_path / "model.gguf", "f32")
     record = convert(tmp_path / "model.gguf", tmp_path / "out", "keep")
     assert (record["architecture"], record["activation"]) == (f"turbosparse_{family}", "drelu")
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "out"))
-    assert after.config.activation_threshold == [0.25, 0.5]
+    assert after.config.activation_threshold == [0.25, 0.5] and after.config.neurons_per_gate == group
     assert (after.config.bos_token_id, after.config.eos_token_id) == (
         before.config.bos_token_id,
         before.config.eos_token_id,
@@ -277,5 +329,8 @@ def test_a_sparse_folder_is_kept_if_its_config_can_be_used(tmp_path):
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"activation_threshold": [0.5]}))
     with pytest.raises(UserError, match=r"config\.json cannot be used .*`activation_threshold` must be 2 finite"):
+        convert(source, tmp_path / "again", "keep")
+    (source / "config.json").write_text(json.dumps(config | {"neurons_per_gate": 5}))
+    with pytest.raises(UserError, match=r"config\.json cannot be used .*`neurons_per_gate` must be a whole number"):
         convert(source, tmp_path / "again", "keep")
     assert not (tmp_path / "again").exists()

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import turbosparse  # noqa: F401  registers the sparse model types
 from turbosparse.errors import UserError
+from turbosparse.relufy.allot import allot_neurons
 from turbosparse.relufy.objective import NextToken, ffns, last_hidden
 from turbosparse.relufy.predictable import Predictors, missed_share, rank_for, sampled
 from turbosparse.relufy.recipes import Predictability
@@ -151,7 +152,11 @@ def test_predictors_learn_a_planted_set_of_low_rank(model):
     assert selected / fires == pytest.approx(1.2, rel=0.1)  # the threshold has moved there
 
 
-def test_a_model_learns_to_be_predictable(model):
+@pytest.mark.parametrize("sides", ["one", "pairs"])
+def test_a_model_learns_to_be_predictable(model, folder, sides):
+    dense = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
+    allot_neurons(model, dense, [_ids()], sides=sides)
+    assert ffns(model)[0].gate_proj.out_features == (48 if sides == "pairs" else 96)
     twin = copy.deepcopy(model)
     results = []
     for student, weight in ((model, 1.0), (twin, 0.0)):
@@ -210,4 +215,5 @@ def test_a_dense_model_has_nothing_to_predict(folder):
 
 def test_the_rank_that_takes_a_share_of_the_weights():
     assert rank_for(0.1, 576, 1536) == 125
+    assert rank_for(0.1, 576, 1536, 2) == 104
     assert rank_for(0.001, 8, 8) == 1

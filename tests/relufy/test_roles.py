@@ -55,3 +55,15 @@ def test_where_up_has_no_threshold_nothing_moves():
         assert settle_roles(model, [torch.randint(40, (2, 16))]) == 0.0
         for name, weight in model.state_dict().items():
             assert torch.equal(weight, weights[name])
+
+
+@torch.no_grad()
+def test_a_gate_of_several_neurons_stays_one():
+    torch.manual_seed(0)
+    sizes = _SIZES | {"intermediate_size": 36}
+    model = TurboSparseLlamaForCausalLM(TurboSparseLlamaConfig(activation="drelu", neurons_per_gate=3, **sizes))
+    weights = copy.deepcopy(model.state_dict())
+    assert settle_roles(model, [torch.randint(40, (2, 16))]) == 0.0
+    assert weights["model.layers.0.mlp.gate_proj.weight"].shape == (12, 16)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, weights[name])

@@ -32,8 +32,10 @@ def test_rounding_twice_changes_no_sign_and_hardly_a_scale(columns):
     torch.testing.assert_close(again, rounded, rtol=1e-6, atol=0)
 
 
-def test_the_copy_learns_and_the_model_ends_with_what_it_computed(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(make_folder(tmp_path / "hf", "llama", "drelu"), dtype=torch.float32)
+@pytest.mark.parametrize("group", [1, 3])
+def test_the_copy_learns_and_the_model_ends_with_what_it_computed(tmp_path, group):
+    folder = make_folder(tmp_path / "hf", "llama", "drelu", neurons_per_gate=group)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     mlp = ffns(model)[0]
     with torch.no_grad():
         mlp.gate_proj.weight.normal_(std=0.1)

@@ -55,8 +55,10 @@ def test_impossible_thresholds_are_errors(thresholds):
         TurboSparseLlamaConfig(activation="drelu", num_hidden_layers=2, activation_threshold=thresholds)
 
 
-def test_thresholds_are_set_from_the_size_of_each_layers_activations(folder):
-    model = _load(folder)
+@pytest.mark.parametrize("group", [1, 2])
+def test_thresholds_are_set_from_the_size_of_each_layers_activations(tmp_path, group):
+    changes = {"activation_threshold": [0.0, 0.25], "neurons_per_gate": group}
+    model = _load(make_folder(tmp_path / "hf", "llama", "drelu", **changes))
     sizes = []
     for mlp in ffns(model):
         mlp.set_threshold(None)

@@ -123,7 +123,7 @@ class Predictors:
         if not all(isinstance(mlp, SparseGLU) for mlp in blocks):
             raise UserError("`predictability` is for sparse models; convert the model first, or leave it out")
         neurons, hidden = blocks[0].up_proj.weight.shape
-        self.rank = rank_for(settings.share, hidden, neurons)
+        self.rank = rank_for(settings.share, hidden, neurons, blocks[0].neurons_per_gate)
         device, layers = blocks[0].up_proj.weight.device, len(blocks)
         self._white = torch.zeros(layers, hidden, hidden, device=device)
         self._rows = [torch.zeros(self.rank, hidden, device=device) for _ in blocks]
@@ -245,9 +245,10 @@ class Predictors:
         self._hand_out()
 
 
-def rank_for(share: float, hidden: int, neurons: int) -> int:
+def rank_for(share: float, hidden: int, neurons: int, per_gate: int = 1) -> int:
     """The rank at which a predictor has `share` of the weights of its dense FFN; at least 1."""
-    return max(1, int(share * 3 * hidden * neurons / (hidden + neurons)))
+    matrices = 2 + 1 / per_gate
+    return max(1, int(share * matrices * hidden * neurons / (hidden + neurons)))
 
 
 class _Watch:
