@@ -17,10 +17,10 @@ from turbosparse.predict import Wish, train_predictors
 from turbosparse.predict.gates import gates_are_ternary
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny dReLU model whose gates are ternary."""
-    return make_ternary_folder(tmp_path_factory.mktemp("ternary") / "hf")
+@pytest.fixture(scope="module", params=[1, 2])
+def folder(tmp_path_factory, request):
+    """A tiny dReLU model whose gates are ternary, each of one neuron or of two."""
+    return make_ternary_folder(tmp_path_factory.mktemp("ternary") / "hf", neurons_per_gate=request.param)
 
 
 @pytest.fixture(scope="module")

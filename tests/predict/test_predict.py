@@ -33,6 +33,8 @@ from turbosparse.predict.write import StoredPredictor
 CPU = torch.device("cpu")
 TOKENS = [int(token) for token in np.random.default_rng(3).integers(3, 300, size=70)]
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"]
+GROUPS = [*((family, 1) for family in FAMILIES), ("llama", 2), ("gemma2", 3)]
+"""Of neurons that share a gate."""
 
 
 @pytest.fixture
@@ -47,9 +49,9 @@ def text(tmp_path):
 
 
 @pytest.mark.parametrize("activation", ["drelu", "reglu"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_collecting_decoder_computes_what_the_engine_does(tiny_gguf, family, activation):
-    path = tiny_gguf(family, activation)
+@pytest.mark.parametrize(("family", "group"), GROUPS)
+def test_the_collecting_decoder_computes_what_the_engine_does(tiny_gguf, family, group, activation):
+    path = tiny_gguf(family, activation, "f32", group)
     with GGUFFile.open(path) as file, torch.inference_mode():
         config = ModelConfig.from_gguf(file)
         stream = torch.stack([embed(file, config, TOKENS)])
@@ -176,10 +178,10 @@ def test_a_layer_that_never_fires_selects_nothing_much():
     assert (quality.mass_kept, quality.recall, quality.selected, quality.nats_lost) == (1.0, 1.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sensitivities_are_the_squared_gradients_of_the_whole_model(tiny_gguf, family):
+@pytest.mark.parametrize(("family", "group"), GROUPS)
+def test_sensitivities_are_the_squared_gradients_of_the_whole_model(tiny_gguf, family, group):
     pieces = [TOKENS, TOKENS[::-1]]
-    with GGUFFile.open(tiny_gguf(family, "drelu")) as file:
+    with GGUFFile.open(tiny_gguf(family, "drelu", "f32", group)) as file:
         config = ModelConfig.from_gguf(file)
         worth = sensitivities(file, config, pieces, CPU, lambda part: None)
         generator, squares = torch.Generator().manual_seed(0), torch.zeros(config.n_layers, config.ffn_size)
@@ -214,9 +216,9 @@ def test_ranks_go_where_they_lower_the_cost_most():
     assert share_out(ranks, [steep, flat], 99) == [192, 192]
 
 
-@pytest.mark.parametrize("quant", ["q4_0", "q8_0"])
-def test_the_file_has_predictors_that_run_and_everything_else_as_it_was(tiny_gguf, text, tmp_path, quant):
-    source, out = tiny_gguf("llama", "drelu", quant), tmp_path / "out.gguf"
+@pytest.mark.parametrize(("quant", "group"), [("q4_0", 1), ("q8_0", 1), ("q4_0", 2)])
+def test_the_file_has_predictors_that_run_and_everything_else_as_it_was(tiny_gguf, text, tmp_path, quant, group):
+    source, out = tiny_gguf("llama", "drelu", quant, group), tmp_path / "out.gguf"
     report = train_predictors(source, text, out, Wish(rank=32, recall=0.9, epochs=2))
     assert [path.name for path in tmp_path.iterdir() if path != text] == ["out.gguf"]
     with GGUFFile.open(source) as before, GGUFFile.open(out) as after:

@@ -183,10 +183,11 @@ def test_a_text_is_read_as_a_whole_before_it_is_read_again():
         assert sorted(seen.tolist()) == list(range(12))
 
 
+@pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("wish", [Wish(share=0.5, together=True, epochs=3), Wish(rank=32, end_to_end=5, epochs=1)])
-def test_the_command_writes_what_runs_and_promises_what_was_measured(tiny_gguf, text, tmp_path, wish):
+def test_the_command_writes_what_runs_and_promises_what_was_measured(tiny_gguf, text, tmp_path, wish, group):
     out = tmp_path / "out.gguf"
-    report = train_predictors(tiny_gguf("qwen3", "drelu", "q8_0"), text, out, wish)
+    report = train_predictors(tiny_gguf("qwen3", "drelu", "q8_0", group), text, out, wish)
     predictor = Engine.load(out).config.predictor
     assert predictor.recall == pytest.approx([min(layer.mass_kept, 0.9999) for layer in report.layers])
     assert predictor.ranks == tuple(layer.rank for layer in report.layers)
