@@ -292,7 +292,7 @@ def _rewrite(source, target, keys=None, drop=(), tensors=None):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"keys": {"turbosparse.format_version": 4}}, "format version is 4"),
+        ({"keys": {"turbosparse.format_version": 5}}, "format version is 5"),
         ({"keys": {"turbosparse.gate_threshold": -0.5}}, "gate_threshold"),
         ({"keys": {"turbosparse.gate_threshold": float("inf")}}, "gate_threshold"),
         ({"keys": {"turbosparse.activation_threshold": [0.5]}}, "activation_threshold is not a list of"),
