@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from neuron_sides import fit, states, windows
+from neuron_sides import fit, penalty_at, states, windows
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -25,7 +25,6 @@ from turbosparse.folders import load_model
 from turbosparse.relufy.allot import allot_neurons
 from turbosparse.relufy.convert import convert
 from turbosparse.relufy.objective import ffns
-from turbosparse.relufy.recipes import Sparsity
 from turbosparse.relufy.validate import mean_over_domains, validate
 
 
@@ -38,7 +37,7 @@ def _student(dense: Any, folder: Path, width: float, probes: Tensor) -> Any:
 
 
 def _fit_layers(student: Any, dense: Any, x: dict[int, Tensor], steps: int, rate: float) -> None:
-    penalty = Sparsity(start_rate=min(0.3, 2 * rate), target_rate=rate, ramp=0.4, weight=4.0, width=0.05)
+    penalty = penalty_at(rate)
     for layer, (mlp, teacher) in enumerate(zip(ffns(student), ffns(dense), strict=True)):
         with torch.no_grad():
             y = teacher(x[layer])

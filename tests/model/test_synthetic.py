@@ -87,7 +87,7 @@ def test_predictors_select_and_cost_what_was_asked_for(tmp_path, quant, selected
 @pytest.mark.parametrize("group", [2, 3])
 def test_neurons_that_share_gates_are_as_sparse_as_asked(tmp_path, group, prediction):
     out = tmp_path / "model.gguf"
-    config = dataclasses.replace(shape_config("smollm2-135m", "drelu", layers=3), neurons_per_gate=group)
+    config = shape_config("smollm2-135m", "drelu", 3, neurons_per_gate=group)
     write_synthetic(out, "m", config, rates_for(0.9, 0.25), "q4_0", prediction=prediction)
     measured = measure_rates(out)
     assert (measured.gate, measured.up, measured.h) == pytest.approx((0.25, 0.4, 0.1), abs=0.03)
@@ -251,6 +251,20 @@ def test_rates_that_contradict_each_other(sparsity, gate_rate):
 
 def test_rates_follow_from_sparsity_and_gate():
     assert rates_for(0.9, 0.25) == Rates(0.25, pytest.approx(0.4), pytest.approx(0.1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "activation", "group", "problem"),
+    [
+        ("mistral-7b", "swiglu", 2, "dense"),
+        ("mistral-7b", "drelu", 3, "14336 neurons"),
+        ("mixtral-47b", "drelu", 2, "experts"),
+        ("mistral-7b", "drelu", 65, "not from 1 to 64"),
+    ],
+)
+def test_gates_that_cannot_be_shared_so(shape, activation, group, problem):
+    with pytest.raises(UserError, match=problem):
+        shape_config(shape, activation, neurons_per_gate=group)
 
 
 def test_an_unknown_shape_is_named():

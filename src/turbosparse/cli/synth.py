@@ -34,6 +34,9 @@ def command(
     ternary_gates: Annotated[
         bool, typer.Option("--ternary-gates", help="Gates of three values a row; with --predictor-share 0.")
     ] = False,
+    neurons_per_gate: Annotated[
+        int, typer.Option("--neurons-per-gate", min=1, max=64, help="Neurons that share a gate.")
+    ] = 1,
     activation: Annotated[
         SyntheticActivation, typer.Option("--activation", help="swiglu: the dense twin, in llama.cpp's layout.")
     ] = SyntheticActivation.drelu,
@@ -47,7 +50,7 @@ def command(
     from turbosparse.model.synthetic import measure_rates, rates_for, write_synthetic
     from turbosparse.model.synthetic_predictor import Prediction
 
-    config = shape_config(shape, activation.value, layers)
+    config = shape_config(shape, activation.value, layers, neurons_per_gate)
     rates = rates_for(sparsity, gate_rate)
     prediction = Prediction(selected, predictor_share) if config.sparse and predictor_share != 0 else None
     with output.progress(f"writing {out.name}") as report:
@@ -63,6 +66,7 @@ def command(
         "layers": config.n_layers,
         "quant": quant.value,
         "ternary_gates": ternary_gates,
+        "neurons_per_gate": neurons_per_gate,
         "file_bytes": file_bytes,
         "measured": {
             "gate_rate": measured.gate,

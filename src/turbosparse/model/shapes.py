@@ -33,16 +33,17 @@ _SHAPES: dict[str, tuple[Any, ...]] = {
 SHAPES = tuple(_SHAPES)
 
 
-def shape_config(shape: str, activation: str, layers: int | None = None) -> ModelConfig:
+def shape_config(shape: str, activation: str, layers: int | None = None, neurons_per_gate: int = 1) -> ModelConfig:
     """The config of a model of a well-known shape.
 
     Args:
         shape: one of `SHAPES`.
         activation: "drelu", or "swiglu" for its dense twin.
         layers: how many instead of the model's own.
+        neurons_per_gate: of a dReLU model without experts; divides its neurons.
 
     Raises:
-        UserError: the shape is not known.
+        UserError: the shape is not known, or its neurons cannot share gates so.
     """
     if shape not in _SHAPES:
         raise UserError(f"--shape {shape[:40]}: choose one of {', '.join(SHAPES)}.")
@@ -50,10 +51,13 @@ def shape_config(shape: str, activation: str, layers: int | None = None) -> Mode
     values |= {"rms_norm_eps": 1e-5, "hidden_act": "silu", "sliding_window": None}
     if layers is not None:
         values["num_hidden_layers"] = layers
+    if neurons_per_gate != 1 and activation != "drelu":
+        raise UserError("--neurons-per-gate: neurons of a dense model do not share gates; leave it out.")
     if activation == "drelu":
         values |= {
             "model_type": f"turbosparse_{values['model_type']}",
             "activation": "drelu",
             "hidden_act": "drelu",
+            "neurons_per_gate": neurons_per_gate,
         }
     return ModelConfig.from_hf(values, f"the shape {shape}")
