@@ -439,7 +439,10 @@ def real(request):
     folder = os.environ.get("TURBOSPARSE_TEST_MODELS")
     if not folder:
         pytest.skip("TURBOSPARSE_TEST_MODELS does not name the folder of the real models")
-    return Path(folder) / REAL[request.param]
+    path = Path(folder) / REAL[request.param]
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not in TURBOSPARSE_TEST_MODELS")
+    return path
 
 
 def _random_texts():
