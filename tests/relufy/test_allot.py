@@ -86,9 +86,7 @@ def test_a_wider_layer_comes_closer_and_is_stored_as_it_is(pair, tmp_path):
         allot_neurons(wide, dense, ids.split(2), width=width)
         assert wide.config.intermediate_size == wide.model.layers[0].mlp.up_proj.out_features == neurons
         errors.append([_error(*each) for each in zip(ffns(wide), ffns(dense), inputs, strict=True)])
-        wide.save_pretrained(tmp_path / str(width))
-        again = TurboSparseLlamaForCausalLM.from_pretrained(tmp_path / str(width))
-        assert torch.equal(again(ids).logits, wide(ids).logits)
+        _check_stored(wide, ids, tmp_path / str(width))
     narrow, double, whole = errors
     assert all(c < a < 0.8 * b for a, b, c in zip(double, narrow, whole, strict=True)), errors
 
@@ -111,7 +109,22 @@ def test_pairs_share_their_gates_and_come_closer_than_as_many_gates_of_single_si
         turned = torch.nn.functional.cosine_similarity(first, second)
         torch.testing.assert_close(turned, -torch.ones_like(turned))  # both signs of one up
     assert all(pairs < best for best, pairs in zip(*errors, strict=True)), errors
+    _check_stored(student, ids, tmp_path)
+
+
+@torch.no_grad()
+def test_pairs_of_an_odd_number_of_neurons_are_whole(pair, tmp_path):
+    dense, sparse = pair
+    ids = torch.randint(40, (6, 64))
+    allot_neurons(sparse, dense, ids.split(2), sides="pairs")
+    assert sparse.config.intermediate_size == 36  # of 37
+    assert all((mlp.gate_proj.out_features, mlp.up_proj.out_features) == (18, 36) for mlp in ffns(sparse))
+    _check_stored(sparse, ids, tmp_path)
+
+
+def _check_stored(student, ids, folder):
     logits = student(ids).logits
-    student.save_pretrained(tmp_path)
-    again = TurboSparseLlamaForCausalLM.from_pretrained(tmp_path)
-    assert again.config.neurons_per_gate == 2 and torch.equal(again(ids).logits, logits)
+    student.save_pretrained(folder)
+    again = TurboSparseLlamaForCausalLM.from_pretrained(folder)
+    assert again.config.neurons_per_gate == student.config.neurons_per_gate
+    assert torch.equal(again(ids).logits, logits)

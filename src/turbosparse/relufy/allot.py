@@ -128,7 +128,7 @@ def allot_neurons(
         sides: "best" of all; "pairs", the best gates of either sign with both of their sides; or "one" of each neuron,
             that where its gate is positive and its up either way.
         width: neurons of the student over those of the teacher, 1..4, other than for "one"; if it is not 1, their
-            number is rounded down to whole blocks of 32. The student's config follows.
+            number is rounded down to whole blocks of 32. Pairs are whole in any case. The student's config follows.
 
     Returns:
         the share of dense neurons that got no side at all, 0..1.
@@ -146,8 +146,8 @@ def allot_neurons(
     finally:
         for hook in hooks:
             hook.remove()
-    neurons = student.config.intermediate_size
-    if width != 1:
-        neurons = student.config.intermediate_size = int(width * neurons) // BLOCK * BLOCK
-    student.config.neurons_per_gate = PAIR if sides == "pairs" else 1
+    config = student.config
+    config.neurons_per_gate = PAIR if sides == "pairs" else 1
+    multiple = config.neurons_per_gate if width == 1 else BLOCK
+    neurons = config.intermediate_size = int(width * config.intermediate_size) // multiple * multiple
     return torch.stack([layer.choose(sides, neurons) == 0 for layer in layers]).float().mean().item()
