@@ -106,6 +106,7 @@ def fit(mlp: SparseGLU, x: Tensor, y: Tensor, steps: int, penalty: Sparsity = _P
         (error + pressure(tap.rates[2], tap.soft, done)).backward()
         optimizer.step()
         optimizer.zero_grad()
+    mlp.tap = None
 
 
 def main() -> None:
@@ -139,7 +140,6 @@ def main() -> None:
             before = _measure(mlp, x_held[layer], y_held)
             fit(mlp, x[layer], y, options.steps, penalty)
             after = _measure(mlp, x_held[layer], y_held)
-            mlp.tap = None
             rows.append({"layer": layer, "start": start, "before": before, "after": after})
             print(rows[-1], flush=True)
     options.out.write_text(json.dumps(rows, indent=1) + "\n")

@@ -37,12 +37,10 @@ def _student(dense: Any, folder: Path, width: float, probes: Tensor) -> Any:
 
 
 def _fit_layers(student: Any, dense: Any, x: dict[int, Tensor], steps: int, rate: float) -> None:
-    penalty = penalty_at(rate)
     for layer, (mlp, teacher) in enumerate(zip(ffns(student), ffns(dense), strict=True)):
         with torch.no_grad():
             y = teacher(x[layer])
-        fit(mlp, x[layer], y, steps, penalty)
-        mlp.tap = None
+        fit(mlp, x[layer], y, steps, penalty_at(rate))
         print(f"  layer {layer}", flush=True)
 
 

@@ -193,6 +193,10 @@ class Forward {
                     const Inputs& x, const Whole& whole);
   static bool sums_together(const Pass& pass, const Matrix& down);
   void fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x);
+  void count_row(const Pass& pass, const Neurons& at, int64_t row);
+  void reduce_blocks(Member& member, int64_t slots);
+
+  // open_neurons.cpp
   int64_t open_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t selected);
   void listed_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t n);
   int64_t keep_open(Scratch& s, int64_t n) const;
@@ -202,8 +206,7 @@ class Forward {
   void spread_gates(Scratch& s, const Neurons& at, int64_t n, int64_t gates);
   int64_t list_every(Scratch& s, const Neurons& at, int64_t active);
   void count_read(Scratch& s, const Pass& pass, int64_t first, int64_t n, const Matrix& w, int which);
-  void count_row(const Pass& pass, const Neurons& at, int64_t row);
-  void reduce_blocks(Member& member, int64_t slots);
+
   // Of all FFNs' rows, [slots, ffn].
   float* gates() { return reinterpret_cast<float*>(hidden_.data()); }
   float* ups() { return gates() + most_slots_ * config_.ffn; }

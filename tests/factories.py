@@ -177,6 +177,21 @@ def copy_metadata(file: GGUFFile, writer: gguf.GGUFWriter) -> None:
             writer.add_array(key, list(value))
 
 
+def with_keys(source: Path, out: Path, keys: dict[str, Any]) -> Path:
+    """Write a sparse file of f32 again with other keys; returns `out`."""
+    with GGUFFile.open(source) as file:
+        file.metadata |= keys
+        writer = gguf.GGUFWriter(out, "turbosparse")
+        copy_metadata(file, writer)
+        for name, tensor in file.tensors.items():
+            writer.add_tensor(name, np.frombuffer(tensor.data, np.float32).reshape(tensor.shape))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return out
+
+
 @dataclass(frozen=True)
 class TinyPredictor:
     """Predictors: fc1 [rank, hidden], fc2 [ffn, rank] and a threshold a layer; None for a layer without one.

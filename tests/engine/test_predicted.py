@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from agreement import TOKENS, equal_bits, logits_error
-from factories import add_predictor, random_predictor
+from factories import add_predictor, random_predictor, with_keys
 from transformers import AutoModelForCausalLM
 
 import turbosparse  # noqa: F401  registers the sparse model types
@@ -191,24 +191,13 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_damaged_keys_are_said_in_one_sentence(case, predicting, tmp_path):
-    from factories import copy_metadata
-
     path, _ = predicting("llama", "f32")
     changes, message = BROKEN[case]
-    keys = {"ranks": "rank", "thresholds": "threshold", "recall": "recall", "input": "input"}
-    with GGUFFile.open(path) as file:
-        for name, value in changes.items():
-            file.metadata[f"turbosparse.predictor.{keys[name]}"] = value
-        writer = gguf.GGUFWriter(tmp_path / "broken.gguf", "turbosparse")
-        copy_metadata(file, writer)
-        for name, tensor in file.tensors.items():
-            writer.add_tensor(name, np.frombuffer(tensor.data, np.float32).reshape(tensor.shape))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    names = {"ranks": "rank", "thresholds": "threshold", "recall": "recall", "input": "input"}
+    keys = {f"turbosparse.predictor.{names[name]}": value for name, value in changes.items()}
+    broken = with_keys(path, tmp_path / "broken.gguf", keys)
     with pytest.raises(UserError, match=message):
-        Engine.load(tmp_path / "broken.gguf")
+        Engine.load(broken)
 
 
 def test_a_predictor_that_the_keys_do_not_promise_is_refused(predicting, tmp_path):

@@ -3,10 +3,8 @@
 import json
 from dataclasses import replace
 
-import gguf
-import numpy as np
 import pytest
-from factories import ACTIVATIONS, FAMILY_NAMES, MIXTURES, copy_metadata, make_folder
+from factories import ACTIVATIONS, FAMILY_NAMES, MIXTURES, make_folder, with_keys
 
 from turbosparse.engine import Engine
 from turbosparse.errors import UserError
@@ -197,18 +195,7 @@ def test_shared_gates_are_a_key_and_a_version_that_only_their_files_have(tmp_pat
 
 
 def _with_group(source, out, group):
-    """The same file with another `neurons_per_gate`."""
-    with GGUFFile.open(source) as file:
-        file.metadata |= {"turbosparse.neurons_per_gate": group, "turbosparse.format_version": 4}
-        writer = gguf.GGUFWriter(out, "turbosparse")
-        copy_metadata(file, writer)
-        for name, tensor in file.tensors.items():
-            writer.add_tensor(name, np.frombuffer(tensor.data, np.float32).reshape(tensor.shape))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    return out
+    return with_keys(source, out, {"turbosparse.neurons_per_gate": group, "turbosparse.format_version": 4})
 
 
 GROUPS = [

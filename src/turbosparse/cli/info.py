@@ -77,7 +77,7 @@ def describe(path: str) -> dict[str, Any]:
             "layers": config.n_layers,
             "hidden_size": config.hidden_size,
             "ffn_size": config.ffn_size,
-            **({"neurons_per_gate": config.neurons_per_gate} if config.neurons_per_gate != 1 else {}),
+            "neurons_per_gate": config.neurons_per_gate,
             "heads": config.n_heads,
             "kv_heads": config.n_kv_heads,
             "vocab_size": config.vocab_size,

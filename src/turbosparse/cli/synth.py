@@ -34,9 +34,7 @@ def command(
     ternary_gates: Annotated[
         bool, typer.Option("--ternary-gates", help="Gates of three values a row; with --predictor-share 0.")
     ] = False,
-    neurons_per_gate: Annotated[
-        int, typer.Option("--neurons-per-gate", min=1, max=64, help="Neurons that share a gate.")
-    ] = 1,
+    neurons_per_gate: Annotated[int, typer.Option("--neurons-per-gate", help="Neurons that share a gate.")] = 1,
     activation: Annotated[
         SyntheticActivation, typer.Option("--activation", help="swiglu: the dense twin, in llama.cpp's layout.")
     ] = SyntheticActivation.drelu,
