@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from turbosparse.predict.bins import Bins
 from turbosparse.predict.fit import Tokens, nats
 
 _ROWS = 256  # tokens at once, in the core's cache
@@ -27,9 +28,9 @@ def low_rank(fc1: Tensor, fc2: Tensor) -> Scores:
     return lambda x: torch.relu(x @ fc1.T) @ fc2.T
 
 
-def by_gate(gate: Tensor) -> Scores:
-    """The gate itself, of its weight [ffn, hidden]."""
-    return lambda x: x @ gate.T
+def by_gate(gate: Tensor, neurons: int) -> Scores:
+    """The gate itself, of its weight [gates, hidden]; each serves so many neurons."""
+    return lambda x: (x @ gate.T).repeat_interleave(neurons, -1)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ def edges(tokens: Tokens, scores: Scores, device: torch.device) -> npt.NDArray[n
     for score, _ in _scored(tokens, scores, device):
         lowest = min(lowest, float(score.min()))
         some.append(score[::_SOME].reshape(-1))
-    ordered = torch.cat(some).sort().values
+    found = torch.cat(some)
+    # On a CPU, torch's own sort takes eight times as long: it keeps track of places too.
+    ordered = torch.from_numpy(np.sort(found.numpy())) if found.device.type == "cpu" else found.sort().values
     at = (torch.linspace(0, 1, _BINS, dtype=torch.float64) * (len(ordered) - 1)).long()
     return np.unique(np.append(ordered[at.to(ordered.device)].cpu().numpy(), lowest).astype(np.float32))
 
@@ -116,10 +119,10 @@ def curve(tokens: Tokens, scores: Scores, worth: Tensor, tried: npt.NDArray[np.f
 
     Computed where `worth` lies, which is where the predictor does.
     """
-    borders = torch.from_numpy(tried).to(worth.device)
+    borders = Bins(torch.from_numpy(tried).to(worth.device))
     counted = torch.zeros(4, len(tried) + 1, dtype=torch.float64, device=worth.device)
     for score, mass in _scored(tokens, scores, worth.device):
-        bins = torch.bucketize(score.reshape(-1), borders, right=True)  # 0: below them all
+        bins = borders.of(score.reshape(-1))  # 0: below them all
         for kind, weights in enumerate((torch.ones_like(mass), mass > 0, mass, nats(mass, worth))):
             counted[kind] += torch.bincount(bins, weights.reshape(-1).double(), len(tried) + 1)
     per_token = counted.cpu().numpy() / len(tokens.x)

@@ -132,7 +132,7 @@ class Work:
 
     def _gate(self, layer: int) -> tuple[StoredPredictor, Scores]:
         weight = tensor_of(self._file, f"blk.{layer}.ffn_gate.weight", self._device)
-        return StoredPredictor.of_gate(), by_gate(weight.repeat_interleave(self._config.neurons_per_gate, 0))
+        return StoredPredictor.of_gate(), by_gate(weight, self._config.neurons_per_gate)
 
     def _low_rank(self, layer: int, tokens: Tokens, tuned: Tokens) -> tuple[StoredPredictor, Scores]:
         worth = self._worth[layer]
