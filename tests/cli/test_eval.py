@@ -57,6 +57,18 @@ def test_scores_of_a_file_and_of_its_folder(sparse, tiny_folder, benchmarks, tmp
     assert "arc_easy" in shown and "piqa" not in shown and "+0.00 ± 0.00" in shown and "average" in shown
 
 
+def test_items_of_shared_gates_are_the_same_in_file_and_folder(tiny_gguf, tiny_folder, benchmarks, tmp_path):
+    """TruthfulQA's are probabilities, which tell gates that serve the wrong neurons apart where answers may not."""
+    arguments = ("--tasks", "piqa,truthfulqa", "--data-dir", benchmarks, "--compute", "f32", "--output")
+    file, folder = tiny_gguf("llama", "drelu", "f32", 2), tiny_folder("llama", "drelu", 2)
+    turbo(file, *arguments, tmp_path / "a.json", "--against", folder)
+    ours, theirs = (Scores.load(tmp_path / name) for name in ("a.json", "a.against.json"))
+    assert (ours.mode, theirs.mode) == ("exact", "hf")
+    for mine, other in zip(ours.tasks, theirs.tasks, strict=True):
+        assert mine.items == pytest.approx(other.items, rel=1e-3), mine.task
+    assert 0 < ours.tasks[1].items[0] < 1
+
+
 def test_dtype_of_a_folder_and_data_from_the_environment(tiny_folder, benchmarks):
     arguments = (tiny_folder("llama"), "--tasks", "piqa", "--limit", 2, "--dtype", "bfloat16", "--json")
     record = json.loads(turbo(*arguments, TURBOSPARSE_EVAL_DATA=str(benchmarks)).stdout)
