@@ -1,4 +1,4 @@
-"""Count firings: in the engine, which counts by itself, or in a Hugging Face model, through its taps."""
+"""Count firings: in the engine, which counts by itself, or in a Hugging Face model, through hooks."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _stacked(counters: Sequence[_LayerCounter], name: str) -> npt.NDArray[np.int
 
 
 class _LayerCounter:
-    """Counts one FFN's firings. A sparse FFN hands over its pre-activations; a dense one is watched at its matrices."""
+    """Counts one FFN's firings, sparse or dense, by hooks: on what gate and up give, and what down is given."""
 
     def __init__(self, mlp: Any) -> None:
         import torch
