@@ -29,6 +29,15 @@ class Predictor:
     recall: tuple[float, ...] | None = None
 
 
+def rank_at(share: float, hidden: int, neurons: int, per_gate: int) -> float:
+    """The rank of a predictor that has `share` of the weights of its dense FFN, not yet a whole number.
+
+    The FFN has an up and a down for each of its neurons, and a gate for every `per_gate` of them.
+    """
+    rows = (2 + 1 / per_gate) * neurons
+    return share * rows * hidden / (hidden + neurons)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What a model is. Sizes are counts; floats are what float32 holds of them.

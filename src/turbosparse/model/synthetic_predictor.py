@@ -18,7 +18,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
 from turbosparse.errors import UserError
-from turbosparse.model.config import ModelConfig
+from turbosparse.model.config import ModelConfig, rank_at
 from turbosparse.model.quantize import dequantize
 from turbosparse.model.synthetic_rows import Rows, few_levels, random_rows
 
@@ -49,8 +49,7 @@ class Prediction:
 
 def predictor_ranks(config: ModelConfig, share: float) -> tuple[int, ...]:
     """Widths of the layers' predictors: multiples of 32 whose sum comes nearest to `share` of the FFN's bytes."""
-    matrices = 2 + 1 / config.neurons_per_gate
-    exact = share * matrices * config.ffn_size * config.hidden_size / (config.ffn_size + config.hidden_size) / _RANKS
+    exact = rank_at(share, config.hidden_size, config.ffn_size, config.neurons_per_gate) / _RANKS
     ends = [round(exact * layer) for layer in range(config.n_layers + 1)]
     return tuple(_RANKS * max(1, end - start) for start, end in pairwise(ends))
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from turbosparse.errors import UserError
+from turbosparse.model.config import rank_at
 from turbosparse.predict.fit import LARGEST, by_score, start, whitening
 from turbosparse.relufy.drelu import SparseGLU
 from turbosparse.relufy.objective import ffns, last_hidden
@@ -247,8 +248,7 @@ class Predictors:
 
 def rank_for(share: float, hidden: int, neurons: int, per_gate: int = 1) -> int:
     """The rank at which a predictor has `share` of the weights of its dense FFN; at least 1."""
-    matrices = 2 + 1 / per_gate
-    return max(1, int(share * matrices * hidden * neurons / (hidden + neurons)))
+    return max(1, int(rank_at(share, hidden, neurons, per_gate)))
 
 
 class _Watch:
