@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from turbosparse.documents import read_documents
+from turbosparse.evaluate.windows import windows as text_windows
+from turbosparse.folders import PlainTokenizer
 from turbosparse.relufy.allot import allot_neurons
 from turbosparse.relufy.drelu import SparseGLU
 from turbosparse.relufy.objective import ffns
@@ -37,12 +38,10 @@ _PENALTY = Sparsity(start_rate=0.25, target_rate=0.15, ramp=0.5, weight=1.0, wid
 
 def windows(path: Path, tokenizer: Any, count: int) -> Tensor:
     """The first `count` windows of a text, int64 [count, context]."""
-    ids: list[int] = []
-    for document in read_documents(path):
-        ids += [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]
-        if len(ids) >= count * _CONTEXT:
-            return torch.tensor(ids[: count * _CONTEXT]).view(count, _CONTEXT)
-    raise SystemExit(f"{path}: shorter than {count} windows of {_CONTEXT} tokens")
+    pieces = list(text_windows(PlainTokenizer(tokenizer), path, _CONTEXT, count * _CONTEXT))
+    if len(pieces) < count or len(pieces[-1]) < _CONTEXT:
+        raise SystemExit(f"{path}: shorter than {count} windows of {_CONTEXT} tokens")
+    return torch.tensor(pieces)
 
 
 @torch.no_grad()
