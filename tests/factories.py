@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from gguf_files import copy_metadata
 from tokenizers import Tokenizer, decoders, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -158,38 +159,6 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
                 parameter.add_(0.1 * noise)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
-
-
-def copy_metadata(file: GGUFFile, writer: gguf.GGUFWriter) -> None:
-    """Give a writer of the same architecture the keys of a file."""
-    for key, value in file.metadata.items():
-        if key == "general.architecture":
-            continue
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, list(value))
-
-
-def with_keys(source: Path, out: Path, keys: dict[str, Any]) -> Path:
-    """Write a sparse file of f32 again with other keys; returns `out`."""
-    with GGUFFile.open(source) as file:
-        file.metadata |= keys
-        writer = gguf.GGUFWriter(out, "turbosparse")
-        copy_metadata(file, writer)
-        for name, tensor in file.tensors.items():
-            writer.add_tensor(name, np.frombuffer(tensor.data, np.float32).reshape(tensor.shape))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    return out
 
 
 @dataclass(frozen=True)

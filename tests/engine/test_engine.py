@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from agreement import TOKENS, check_same_bits, equal_bits, logits_error
-from factories import FAMILY_NAMES, copy_metadata, make_folder
+from factories import FAMILY_NAMES, make_folder
 from gguf import GGMLQuantizationType
+from gguf_files import copy_metadata
 from transformers import AutoModelForCausalLM
 
 import turbosparse  # noqa: F401  registers the sparse model types

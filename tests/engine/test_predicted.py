@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 from agreement import TOKENS, equal_bits, logits_error
-from factories import add_predictor, random_predictor, with_keys
+from factories import add_predictor, random_predictor
+from gguf_files import edit_gguf
 from transformers import AutoModelForCausalLM
 
 import turbosparse  # noqa: F401  registers the sparse model types
@@ -195,7 +196,7 @@ def test_damaged_keys_are_said_in_one_sentence(case, predicting, tmp_path):
     changes, message = BROKEN[case]
     names = {"ranks": "rank", "thresholds": "threshold", "recall": "recall", "input": "input"}
     keys = {f"turbosparse.predictor.{names[name]}": value for name, value in changes.items()}
-    broken = with_keys(path, tmp_path / "broken.gguf", keys)
+    broken = edit_gguf(path, tmp_path / "broken.gguf", keys)
     with pytest.raises(UserError, match=message):
         Engine.load(broken)
 

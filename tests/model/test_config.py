@@ -4,7 +4,8 @@ import json
 from dataclasses import replace
 
 import pytest
-from factories import ACTIVATIONS, FAMILY_NAMES, MIXTURES, make_folder, with_keys
+from factories import ACTIVATIONS, FAMILY_NAMES, MIXTURES, make_folder
+from gguf_files import edit_gguf
 
 from turbosparse.engine import Engine
 from turbosparse.errors import UserError
@@ -195,7 +196,7 @@ def test_shared_gates_are_a_key_and_a_version_that_only_their_files_have(tmp_pat
 
 
 def _with_group(source, out, group):
-    return with_keys(source, out, {"turbosparse.neurons_per_gate": group, "turbosparse.format_version": 4})
+    return edit_gguf(source, out, {"turbosparse.neurons_per_gate": group, "turbosparse.format_version": 4})
 
 
 GROUPS = [

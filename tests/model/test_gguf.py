@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from factories import ACTIVATIONS
 from gguf import GGMLQuantizationType, GGUFValueType
+from gguf_files import edit_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -267,28 +268,6 @@ def test_a_truncated_model_is_refused_wherever_it_ends(tiny_gguf, path):
 # --- models whose metadata and tensors disagree ---
 
 
-def _rewrite(source, target, keys=None, drop=(), tensors=None):
-    """Copy a file through the gguf package with other keys or tensors (None drops a key)."""
-    with GGUFFile.open(source) as file:
-        metadata = dict(file.metadata) | (keys or {})
-        arrays = {name: (tensor.type, tensor.shape, tensor.data.copy()) for name, tensor in file.tensors.items()}
-    for name in drop:
-        del arrays[name]
-    arrays |= {name: (F32, array.shape, array.view(np.uint8)) for name, array in (tensors or {}).items()}
-    writer = gguf.GGUFWriter(target, str(metadata.pop("general.architecture")))
-    for key, value in metadata.items():
-        if value is not None:
-            vtype = Kind.get_type(value)
-            writer.add_key_value(key, value, Kind.UINT64 if vtype is Kind.INT32 and value > 1 << 30 else vtype)
-    for name, (kind, shape, data) in arrays.items():
-        writer.add_tensor(name, data.reshape(*shape[:-1], -1), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -326,7 +305,7 @@ def _rewrite(source, target, keys=None, drop=(), tensors=None):
     ids=lambda case: str(case)[:60],
 )
 def test_a_model_that_contradicts_itself_is_refused(tiny_gguf, path, changes, named):
-    _rewrite(tiny_gguf("llama", "drelu"), path, **changes)
+    edit_gguf(tiny_gguf("llama", "drelu"), path, **changes)
     with GGUFFile.open(path) as file, pytest.raises(UserError, match=named) as caught:
         ModelConfig.from_gguf(file)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
@@ -362,7 +341,7 @@ _GATES = "blk.1.ffn_gate_exps.weight"
 )
 def test_a_mixture_that_contradicts_itself_is_refused(tiny_gguf, path, changes, named):
     keys = {f"turbosparse.{key}": value for key, value in changes.get("keys", {}).items()}
-    _rewrite(tiny_gguf("mixtral", "drelu"), path, **(changes | {"keys": keys}))
+    edit_gguf(tiny_gguf("mixtral", "drelu"), path, **(changes | {"keys": keys}))
     with GGUFFile.open(path) as file, pytest.raises(UserError, match=named) as caught:
         ModelConfig.from_gguf(file)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
@@ -390,7 +369,7 @@ def _small(tiny_gguf, family, activation):
     target = tiny_gguf(family, activation).with_suffix(".small")
     if not target.exists():
         keys = ("tokens", "merges", "token_type")
-        _rewrite(tiny_gguf(family, activation), target, keys={f"tokenizer.ggml.{key}": None for key in keys})
+        edit_gguf(tiny_gguf(family, activation), target, keys={f"tokenizer.ggml.{key}": None for key in keys})
     content = target.read_bytes()
     with GGUFFile.open(target) as file:
         sizes = sum(-(-tensor.data.nbytes // 32) * 32 for tensor in file.tensors.values())

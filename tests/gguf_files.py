@@ -1,0 +1,67 @@
+"""Copies of GGUF files with something changed in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from turbosparse.model.gguf import GGUFFile
+
+Kind = gguf.GGUFValueType
+F32 = gguf.GGMLQuantizationType.F32
+
+
+def copy_metadata(file: GGUFFile, writer: gguf.GGUFWriter) -> None:
+    """Give a writer of the same architecture the keys of a file."""
+    for key, value in file.metadata.items():
+        if key == "general.architecture":
+            continue
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, list(value))
+
+
+def edit_gguf(
+    source: Path,
+    out: Path,
+    keys: Mapping[str, Any] | None = None,
+    drop: Iterable[str] = (),
+    tensors: Mapping[str, np.ndarray] | None = None,
+) -> Path:
+    """Write `source` again as `out` and return that.
+
+    Args:
+        source, out: files.
+        keys: other values of keys; None drops one.
+        drop: tensors to leave out.
+        tensors: float32 tensors, new ones or instead of those of that name.
+    """
+    with GGUFFile.open(source) as file:
+        metadata = dict(file.metadata) | dict(keys or {})
+        arrays = {name: (tensor.type, tensor.shape, tensor.data.copy()) for name, tensor in file.tensors.items()}
+    for name in drop:
+        del arrays[name]
+    arrays |= {name: (F32, array.shape, array.view(np.uint8)) for name, array in (tensors or {}).items()}
+    writer = gguf.GGUFWriter(out, str(metadata.pop("general.architecture")))
+    for key, value in metadata.items():
+        if value is not None:
+            kind = Kind.get_type(value)
+            writer.add_key_value(key, value, Kind.UINT64 if kind is Kind.INT32 and value > 1 << 30 else kind)
+    for name, (of, shape, data) in arrays.items():
+        writer.add_tensor(name, data.reshape(*shape[:-1], -1), raw_dtype=of)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
