@@ -10,6 +10,7 @@ import pytest
 import torch
 from agreement import logits_error
 from gguf import GGMLQuantizationType as Type
+from gguf_files import edit_gguf
 from safetensors.numpy import load_file, save_file
 
 from turbosparse.documents import read_documents
@@ -195,6 +196,16 @@ def test_sensitivities_are_the_squared_gradients_of_the_whole_model(tiny_gguf, f
             gradients = torch.autograd.grad(log_p.gather(1, drawn).sum(), taps)
             squares += torch.stack([gradient[0].square().sum(0) for gradient in gradients])
     assert torch.allclose(torch.stack(worth), squares / (2 * 2 * len(TOKENS)), rtol=1e-3, atol=1e-9)
+
+
+def test_a_model_that_computes_no_numbers_is_named(tiny_gguf, text, tmp_path):
+    name = "blk.1.ffn_up.weight"
+    with GGUFFile.open(tiny_gguf("llama", "drelu")) as file:
+        up = np.full(file.tensors[name].shape, np.nan, np.float32)
+    damaged = edit_gguf(tiny_gguf("llama", "drelu"), tmp_path / "damaged.gguf", tensors={name: up})
+    with pytest.raises(UserError, match=r"damaged\.gguf.* not numbers"):
+        train_predictors(damaged, text, tmp_path / "out.gguf", Wish(gates=True))
+    assert not (tmp_path / "out.gguf").exists()
 
 
 @pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q8_0, Type.F16])

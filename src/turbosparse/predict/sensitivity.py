@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig
 from turbosparse.model.gguf import GGUFFile
 from turbosparse.predict.decoder import Decoder, embed, logits
@@ -28,6 +29,9 @@ def sensitivities(
     """F / 2 of every neuron, float32 [ffn] a layer: nats over the square of the h that is left out.
 
     The streams of all windows before all layers are in memory: windows * length * hidden * layers floats.
+
+    Raises:
+        UserError: the model computes what is not a number.
     """
     streams = [torch.stack([embed(file, config, window) for window in windows])]
     with torch.no_grad():
@@ -58,6 +62,8 @@ def _gradient(file: GGUFFile, config: ModelConfig, streams: Tensor, device: torc
     for window in streams:
         stream = window.to(device).requires_grad_()
         log_p = torch.log_softmax(to_logits(stream), -1)
+        if log_p.isnan().any():
+            raise UserError(f"{file.path}: the model gives logits that are not numbers; the file is damaged.")
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         gradients.append(torch.autograd.grad(log_p.gather(1, drawn).sum(), stream)[0].cpu())
     return torch.stack(gradients)
