@@ -15,21 +15,18 @@ Kind = gguf.GGUFValueType
 F32 = gguf.GGMLQuantizationType.F32
 
 
+def _add_keys(writer: gguf.GGUFWriter, metadata: Mapping[str, Any]) -> None:
+    """Counts are uint32, as the export writes them, where they can be."""
+    for key, value in metadata.items():
+        kind = Kind.get_type(value)
+        if kind is Kind.INT32 and value >= 0:
+            kind = Kind.UINT32 if value < 1 << 32 else Kind.UINT64
+        writer.add_key_value(key, value, kind)
+
+
 def copy_metadata(file: GGUFFile, writer: gguf.GGUFWriter) -> None:
     """Give a writer of the same architecture the keys of a file."""
-    for key, value in file.metadata.items():
-        if key == "general.architecture":
-            continue
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, list(value))
+    _add_keys(writer, {key: value for key, value in file.metadata.items() if key != "general.architecture"})
 
 
 def edit_gguf(
@@ -54,12 +51,9 @@ def edit_gguf(
         del arrays[name]
     arrays |= {name: (F32, array.shape, array.view(np.uint8)) for name, array in (tensors or {}).items()}
     writer = gguf.GGUFWriter(out, str(metadata.pop("general.architecture")))
-    for key, value in metadata.items():
-        if value is not None:
-            kind = Kind.get_type(value)
-            writer.add_key_value(key, value, Kind.UINT64 if kind is Kind.INT32 and value > 1 << 30 else kind)
-    for name, (of, shape, data) in arrays.items():
-        writer.add_tensor(name, data.reshape(*shape[:-1], -1), raw_dtype=of)
+    _add_keys(writer, {key: value for key, value in metadata.items() if value is not None})
+    for name, (kind, shape, data) in arrays.items():
+        writer.add_tensor(name, data.reshape(*shape[:-1], -1), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

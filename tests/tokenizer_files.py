@@ -8,6 +8,7 @@ from gguf import GGUFWriter
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from turbosparse.model.export_metadata import write_tokenizer
 from turbosparse.model.pretokenizers import PRE_TOKENIZERS
 from turbosparse.model.vocabulary import Vocabulary, merges_from_scores
 
@@ -94,17 +95,9 @@ def save_folder(tokenizer, folder, **options):
 
 
 def write_gguf(path, metadata):
-    """Only metadata; values are written as the export writes them."""
+    """Only metadata, as the export writes it; there are no empty arrays in GGUF."""
     writer = GGUFWriter(path, "llama")
-    for key, value in metadata.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif value:
-            writer.add_array(key, value)
+    write_tokenizer(writer, {key: value for key, value in metadata.items() if value != []})
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
