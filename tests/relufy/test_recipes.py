@@ -7,6 +7,7 @@ from turbosparse.errors import UserError
 from turbosparse.relufy.recipes import load_recipe
 from turbosparse.relufy.schedule import learning_rate_share
 
+_SHIPPED = Path(__file__).parents[2] / "recipes"
 _RECIPE = """
 model: models/dense
 output: out
@@ -31,6 +32,14 @@ def test_paths_counts_and_environment(tmp_path, monkeypatch):
     assert recipe.data.sources[0].path == str(tmp_path / "web/*.jsonl")
     assert recipe.data.validation[0].path == "/text/held.jsonl"
     assert recipe.model == str(tmp_path / "models/dense") or recipe.model == "models/dense"
+
+
+@pytest.mark.parametrize("path", sorted(_SHIPPED.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_that_ship_can_be_read(path, monkeypatch):
+    for name in ("CORPUS", "WORK"):
+        monkeypatch.setenv(name, "/nowhere")
+    recipe = load_recipe(path)
+    assert Path(recipe.output).is_relative_to("/nowhere/runs")
 
 
 @pytest.mark.parametrize(
