@@ -35,6 +35,7 @@ def edit_gguf(
     keys: Mapping[str, Any] | None = None,
     drop: Iterable[str] = (),
     tensors: Mapping[str, np.ndarray] | None = None,
+    **split: Any,
 ) -> Path:
     """Write `source` again as `out` and return that.
 
@@ -43,6 +44,7 @@ def edit_gguf(
         keys: other values of keys; None drops one.
         drop: tensors to leave out.
         tensors: float32 tensors, new ones or instead of those of that name.
+        split: options of GGUFWriter that make several files of it, whose names begin with that of `out`.
     """
     with GGUFFile.open(source) as file:
         metadata = dict(file.metadata) | dict(keys or {})
@@ -50,7 +52,7 @@ def edit_gguf(
     for name in drop:
         del arrays[name]
     arrays |= {name: (F32, array.shape, array.view(np.uint8)) for name, array in (tensors or {}).items()}
-    writer = gguf.GGUFWriter(out, str(metadata.pop("general.architecture")))
+    writer = gguf.GGUFWriter(out, str(metadata.pop("general.architecture")), **split)
     _add_keys(writer, {key: value for key, value in metadata.items() if value is not None})
     for name, (kind, shape, data) in arrays.items():
         writer.add_tensor(name, data.reshape(*shape[:-1], -1), raw_dtype=kind)

@@ -86,6 +86,7 @@ class Hub:
 
     def __init__(self, monkeypatch, files, error=None):
         self.files, self.error = files, error
+        self.downloaded = []
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
 
@@ -97,6 +98,7 @@ class Hub:
     def download(self, repo, name):
         if self.error:
             raise self.error
+        self.downloaded.append(name)
         return f"/cache/{repo}/{name}"
 
 
@@ -113,6 +115,24 @@ class Hub:
 def test_hub_ids(monkeypatch, name, files, file):
     Hub(monkeypatch, files)
     assert resolve_gguf(name) == Path("/cache") / name.split(":")[0] / file
+
+
+_PARTS = ["Q8/m-Q8_0-00001-of-00002.gguf", "Q8/m-Q8_0-00002-of-00002.gguf"]
+
+
+@pytest.mark.parametrize("name", ["o/m", "o/m:Q8_0", f"o/m:{_PARTS[0]}", f"o/m:{_PARTS[1]}"])
+def test_all_parts_of_a_model_are_downloaded(monkeypatch, name):
+    hub = Hub(monkeypatch, [*reversed(_PARTS)])
+    assert resolve_gguf(name) == Path("/cache/o/m") / _PARTS[0]
+    assert hub.downloaded == _PARTS
+
+
+@pytest.mark.parametrize("name", ["split-1b", "Split-1B-Q4_0", "split-1b-q4_0-00001-of-00002.gguf"])
+def test_a_bundled_model_in_parts_is_its_first(models, name):
+    for part in (1, 2):
+        (models / f"Split-1B-Q4_0-0000{part}-of-00002.gguf").write_bytes(b"GGUF")
+    assert resolve_gguf(name) == models / "Split-1B-Q4_0-00001-of-00002.gguf"
+    assert not [file for file in bundled_models() if "00002-of" in file.name]
 
 
 @pytest.mark.parametrize(

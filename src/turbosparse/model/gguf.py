@@ -16,17 +16,17 @@ import math
 import mmap
 import os
 import stat
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from turbosparse.errors import UserError
+from turbosparse.model.gguf_cursor import Cursor
+from turbosparse.model.gguf_parts import SPLIT_KEYS, check_part, later_parts
 
 Value = int | float | bool | str | list[int] | list[float] | list[bool] | list[str]
 
@@ -37,7 +37,6 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 ALIGNMENT_RANGE = (8, 1 << 20)
 MAX_DIMENSIONS = 4
-MAX_NAME_BYTES = (1 << 16) - 1
 # No known model has a thousandth of these. They bound the Python objects that a small hostile file can ask for.
 MAX_ITEMS = 1 << 20
 MAX_ARRAY_ENTRIES = 1 << 24
@@ -47,8 +46,6 @@ MAX_ARRAY_ENTRIES = 1 << 24
 _MIN_KEY_BYTES = 13
 _MIN_TENSOR_BYTES = 32
 
-_U32 = struct.Struct("<I")
-_U64 = struct.Struct("<Q")
 _SCALARS: dict[GGUFValueType, np.dtype[np.generic]] = {
     GGUFValueType.UINT8: np.dtype("u1"),
     GGUFValueType.INT8: np.dtype("i1"),
@@ -87,16 +84,16 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """A GGUF file, mapped read-only. Use as a context manager, or call `close`.
+    """A GGUF file, or a model in several (gguf_parts.py), mapped read-only. Use as a context manager, or call `close`.
 
     Attributes:
-        path: where it lies.
+        path: where it lies; of several files the first.
         magic: its first four bytes, one of `MAGICS`.
         version: 2 or 3.
         metadata: key to plain Python value; arrays are lists. Text in values that is not UTF-8 is decoded with U+FFFD.
         tensors: name to `GGUFTensor`, in the order of the file.
         alignment: of tensor offsets, bytes.
-        file_bytes: size of the file.
+        file_bytes: size of the file, or of all of them.
     """
 
     path: Path
@@ -111,8 +108,9 @@ class GGUFFile:
         """Parse a mapped file; use `open`."""
         self.path = path
         self._buffer = buffer
+        self._later: list[GGUFFile] = []
         self.file_bytes = len(buffer)
-        cursor = _Cursor(path, buffer)
+        cursor = Cursor(path, buffer)
         self.magic, self.version, n_tensors, n_keys = _read_header(cursor)
         self._spans: dict[str, tuple[int, int]] = {}
         self.metadata = _read_metadata(cursor, n_keys, self._spans)
@@ -121,12 +119,23 @@ class GGUFFile:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> GGUFFile:
-        """Map the file at `path` and check all of its header.
+        """Map the file at `path`, and the others where it is the first of several, and check all of the headers.
 
         Raises:
-            UserError: there is no such file, it is not GGUF, or its header cannot be true.
+            UserError: there is no such file, it is not GGUF, its header cannot be true, or parts do not fit together.
         """
-        path = Path(path)
+        file = cls._map(Path(path))
+        try:
+            for place, part in enumerate(later_parts(file.path, file.metadata), 1):
+                file._join(cls._map(part), place)
+            file._check_joined()
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    @classmethod
+    def _map(cls, path: Path) -> GGUFFile:
         try:
             with path.open("rb") as handle:
                 status = os.fstat(handle.fileno())
@@ -146,6 +155,28 @@ class GGUFFile:
             _close(buffer)
             raise
 
+    def _join(self, part: GGUFFile, place: int) -> None:
+        """Take over the tensors of the part that stands at `place`, counted from 0."""
+        self._later.append(part)  # first of all, so that it is closed whatever comes
+        check_part(self.path, self.metadata, part.path, part.metadata, place)
+        if part.magic != self.magic:
+            raise UserError(f"{part.path} starts with {part.magic!r}, unlike {self.path}; it is of another model.")
+        if twice := next((name for name in part.tensors if name in self.tensors), None):
+            raise UserError(f"{part.path} has the {_shown('tensor', twice)}, which a part before it has too.")
+        self.tensors |= part.tensors
+        self.file_bytes += part.file_bytes
+
+    def _check_joined(self) -> None:
+        """Whether all tensors are there; what says that there were parts is forgotten, as no copy of it has them."""
+        wanted = self.metadata.get("split.tensors.count")
+        if self._later and wanted is not None and wanted != len(self.tensors):
+            raise UserError(
+                f"{self.path} names {str(wanted)[:40]} tensors but its {1 + len(self._later)} parts hold "
+                f"{len(self.tensors)}; download them again."
+            )
+        for key in SPLIT_KEYS:
+            self.metadata.pop(key, None)
+
     def record(self, key: str) -> bytes:
         """A key with its type and value as the file holds it, to be copied byte for byte."""
         start, stop = self._spans[key]
@@ -155,11 +186,15 @@ class GGUFFile:
         """Stop holding in memory what was read so far; it is still there, and read anew from the file if needed."""
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             self._buffer.madvise(mmap.MADV_DONTNEED)
+        for part in self._later:
+            part.release_pages()
 
     def close(self) -> None:
         """Drop the tensors and unmap the file. Views that the caller still holds keep the map alive until they go."""
         self.tensors = {}
         _close(self._buffer)
+        for part in self._later:
+            part.close()
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -187,73 +222,7 @@ def nbytes_of(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
     return math.prod(shape[:-1]) * row_bytes(kind, shape[-1])
 
 
-class _Cursor:
-    """A position in the mapped file that never moves past its end."""
-
-    def __init__(self, path: Path, buffer: mmap.mmap) -> None:
-        self.path = path
-        self.buffer = buffer
-        self.position = 0
-        self.array_entries = 0
-
-    def fail(self, problem: str) -> NoReturn:
-        raise UserError(f"{self.path} is not a usable GGUF file: {problem}.")
-
-    @property
-    def left(self) -> int:
-        return len(self.buffer) - self.position
-
-    def take(self, count: int, what: str) -> int:
-        """Move past `count` bytes; return where they start."""
-        start = self.position
-        if count > self.left:
-            self.fail(f"{what} needs {count} bytes at offset {start} but the file ends at {len(self.buffer)}")
-        self.position = start + count
-        return start
-
-    def u32(self, what: str) -> int:
-        return int(_U32.unpack_from(self.buffer, self.take(4, what))[0])
-
-    def u64(self, what: str) -> int:
-        return int(_U64.unpack_from(self.buffer, self.take(8, what))[0])
-
-    def text(self, what: str) -> bytes:
-        length = self.u64(what)
-        start = self.take(length, what)
-        return self.buffer[start : start + length]
-
-    def name(self, what: str) -> str:
-        """A key or tensor name: short, not empty, strict UTF-8."""
-        raw = self.text(f"the name of {what}")
-        if not 0 < len(raw) <= MAX_NAME_BYTES:
-            self.fail(f"the name of {what} is {len(raw)} bytes long, not 1 to {MAX_NAME_BYTES}")
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            self.fail(f"the name of {what}, {raw[:40]!r}, is not UTF-8")
-
-    def array(self, dtype: np.dtype[np.generic], count: int, what: str) -> npt.NDArray[np.generic]:
-        start = self.take(count * dtype.itemsize, what)
-        return np.frombuffer(self.buffer[start : self.position], dtype)
-
-    def texts(self, count: int, what: str) -> list[str]:
-        """`count` strings; the one loop that runs a quarter of a million times, hence the local names."""
-        buffer, position, end, unpack = self.buffer, self.position, len(self.buffer), _U64.unpack_from
-        out: list[str] = []
-        append = out.append
-        for index in range(count):
-            start = position + 8
-            if start > end:
-                self.fail(f"entry {index} of {what} lies past the end of the file")
-            position = start + unpack(buffer, position)[0]
-            if position > end:
-                self.fail(f"entry {index} of {what} is longer than the rest of the file")
-            append(buffer[start:position].decode("utf-8", "replace"))
-        self.position = position
-        return out
-
-
-def _read_header(cursor: _Cursor) -> tuple[bytes, int, int, int]:
+def _read_header(cursor: Cursor) -> tuple[bytes, int, int, int]:
     """Magic, version, number of tensors, number of metadata keys."""
     magic = cursor.buffer[cursor.take(4, "the magic") : cursor.position]
     if magic not in MAGICS:
@@ -271,7 +240,7 @@ def _read_header(cursor: _Cursor) -> tuple[bytes, int, int, int]:
     return magic, version, n_tensors, n_keys
 
 
-def _read_metadata(cursor: _Cursor, count: int, spans: dict[str, tuple[int, int]]) -> dict[str, Value]:
+def _read_metadata(cursor: Cursor, count: int, spans: dict[str, tuple[int, int]]) -> dict[str, Value]:
     """Key to value; where the record of each key lies goes into `spans`."""
     metadata: dict[str, Value] = {}
     for index in range(count):
@@ -286,7 +255,7 @@ def _read_metadata(cursor: _Cursor, count: int, spans: dict[str, tuple[int, int]
     return metadata
 
 
-def _value_type(cursor: _Cursor, shown: str) -> GGUFValueType:
+def _value_type(cursor: Cursor, shown: str) -> GGUFValueType:
     code = cursor.u32(shown)
     try:
         return GGUFValueType(code)
@@ -294,14 +263,14 @@ def _value_type(cursor: _Cursor, shown: str) -> GGUFValueType:
         cursor.fail(f"{shown} has the unknown value type {code}")
 
 
-def _read_scalar(cursor: _Cursor, kind: GGUFValueType, shown: str) -> Value:
+def _read_scalar(cursor: Cursor, kind: GGUFValueType, shown: str) -> Value:
     if kind is GGUFValueType.STRING:
         return cursor.text(shown).decode("utf-8", "replace")
     value: int | float = cursor.array(_SCALARS[kind], 1, shown).tolist()[0]
     return _as_bool(cursor, value, shown) if kind is GGUFValueType.BOOL else value
 
 
-def _read_array(cursor: _Cursor, shown: str) -> Value:
+def _read_array(cursor: Cursor, shown: str) -> Value:
     kind = _value_type(cursor, shown)
     if kind is GGUFValueType.ARRAY:
         cursor.fail(f"{shown} is an array of arrays, which no model needs")
@@ -321,13 +290,13 @@ def _read_array(cursor: _Cursor, shown: str) -> Value:
     return values
 
 
-def _as_bool(cursor: _Cursor, value: int | float, shown: str) -> bool:
+def _as_bool(cursor: Cursor, value: int | float, shown: str) -> bool:
     if value not in (0, 1):
         cursor.fail(f"{shown} holds {value} where a boolean, 0 or 1, belongs")
     return value == 1
 
 
-def _alignment(cursor: _Cursor, metadata: dict[str, Value]) -> int:
+def _alignment(cursor: Cursor, metadata: dict[str, Value]) -> int:
     value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     low, high = ALIGNMENT_RANGE
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high or value & (value - 1):
@@ -335,7 +304,7 @@ def _alignment(cursor: _Cursor, metadata: dict[str, Value]) -> int:
     return value
 
 
-def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, GGUFTensor]:
+def _read_tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, GGUFTensor]:
     infos: dict[str, tuple[GGMLQuantizationType, tuple[int, ...], int, int]] = {}
     for index in range(count):
         name = cursor.name(f"tensor {index}")
@@ -362,7 +331,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, GGUF
 
 
 def _read_tensor_info(
-    cursor: _Cursor, shown: str, alignment: int
+    cursor: Cursor, shown: str, alignment: int
 ) -> tuple[GGMLQuantizationType, tuple[int, ...], int, int]:
     """Type, shape (numpy order), offset into the data section, bytes."""
     n_dims = cursor.u32(shown)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from turbosparse.errors import UserError
+from turbosparse.model.gguf_parts import part_names, whole_name
 
 MODELS_VARIABLE = "TURBOSPARSE_MODELS"
 _SUFFIX = ".gguf"
@@ -21,7 +22,8 @@ def resolve_gguf(model: str | Path) -> Path:
 
     Tried in this order: a path; a bundled name such as `TurboSparse-SmolLM2-135M` (any case, with or without the
     quantisation) of the folder in TURBOSPARSE_MODELS or of `models/` in a source checkout; a hub id
-    `owner/name[:file.gguf or quantisation]`, which is downloaded into huggingface_hub's cache.
+    `owner/name[:file.gguf or quantisation]`, which is downloaded into huggingface_hub's cache. Of a model in several
+    files it is the first, and all are downloaded.
 
     Raises:
         UserError: nothing is found, several files would do, or MODEL is a Hugging Face folder.
@@ -55,7 +57,8 @@ def bundled_models() -> list[Path]:
     by_name: dict[str, Path] = {}
     for folder in folders:
         for file in folder.glob(f"*{_SUFFIX}"):
-            by_name.setdefault(file.name.lower(), file)
+            if _begins(file.name):
+                by_name.setdefault(file.name.lower(), file)
     return [by_name[name] for name in sorted(by_name)]
 
 
@@ -63,8 +66,14 @@ def _match(name: str, files: Iterable[Path]) -> list[Path]:
     """Files of this name: the whole name if there is one, else those that differ in the quantisation alone."""
     wanted = name.lower().removesuffix(_SUFFIX)
     files = list(files)
-    exact = [file for file in files if file.stem.lower() == wanted]
-    return exact or [file for file in files if _QUANT.sub("", file.stem.lower()) == wanted]
+    stems = {file: whole_name(file.name.lower()).removesuffix(_SUFFIX) for file in files}
+    exact = [file for file in files if wanted in (stems[file], file.stem.lower())]
+    return exact or [file for file in files if _QUANT.sub("", stems[file]) == wanted]
+
+
+def _begins(name: str) -> bool:
+    """Whether a file is a whole model, or the first part of one."""
+    return part_names(name)[0] == name
 
 
 def _names(files: Iterable[Path]) -> str:
@@ -87,10 +96,11 @@ def _download(repo: str, choice: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        if choice and choice.lower().endswith(_SUFFIX):
-            return Path(hf_hub_download(repo, choice))
-        files = [name for name in HfApi().list_repo_files(repo) if name.lower().endswith(_SUFFIX)]
-        return Path(hf_hub_download(repo, _choose(repo, files, choice)))
+        if not (choice and choice.lower().endswith(_SUFFIX)):
+            files = [name for name in HfApi().list_repo_files(repo) if name.lower().endswith(_SUFFIX)]
+            choice = _choose(repo, files, choice)
+        first, *_ = [Path(hf_hub_download(repo, name)) for name in part_names(choice)]
+        return first
     except LocalEntryNotFoundError as error:
         raise UserError(f"{repo} cannot be reached and is not in the cache; check the connection.") from error
     except HfHubHTTPError as error:
@@ -104,10 +114,11 @@ def _download(repo: str, choice: str | None) -> Path:
 
 
 def _choose(repo: str, files: list[str], choice: str | None) -> str:
-    """The one file that is meant; quantisations are told by the end of the name."""
+    """The one file that is meant, the first of its parts; quantisations are told by the end of the name."""
+    files = [name for name in files if _begins(name)]
     if choice:
         end = re.compile(rf"(^|[._-]){re.escape(choice)}{re.escape(_SUFFIX)}$", re.IGNORECASE)
-        files = [name for name in files if end.search(name)]
+        files = [name for name in files if end.search(whole_name(name))]
     if len(files) == 1:
         return files[0]
     if not files:
