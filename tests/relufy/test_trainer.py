@@ -246,6 +246,38 @@ def test_pairs_that_share_gates_go_through_every_stage(folder):
     _assert_metrics_are_those_of_a_forward_pass(folder, output)
 
 
+def test_a_stage_that_prunes_can_be_interrupted(folder, monkeypatch):
+    """Its checkpoint has the pruned shape, which is not pruned again."""
+    last = """ - {name: less, objective: cross_entropy, tokens: 320, batch_tokens: 64, device_windows: 2, save_every: 2,
+    learning_rate: 1.0e-2, prune: 0.3, sparsity: {target_rate: 0.2, threshold: 0.3}}
+"""
+    stages = _STAGES.replace("sides: best", "sides: pairs") + last
+    recipe = _recipe(folder, "pruned", stages=stages)
+    original = RecoveryTrainer.compute_loss
+
+    def interrupting(self, *args, **kwargs):
+        if self.stage.name == "less" and self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RecoveryTrainer, "compute_loss", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        train_from_recipe(recipe)
+    monkeypatch.setattr(RecoveryTrainer, "compute_loss", original)
+    output = Path(train_from_recipe(recipe, resume=True)["output"])
+    config = json.loads((output / "config.json").read_text())
+    assert (config["intermediate_size"], config["neurons_per_gate"]) == (64, 2)  # 0.7 of 128, in whole blocks
+    _assert_metrics_are_those_of_a_forward_pass(folder, output)
+
+
+@pytest.mark.parametrize(("model", "share", "word"), [("dense", 0.3, "sparse models"), ("drelu", 0.9, "leaves none")])
+def test_what_cannot_be_pruned(folder, model, share, word):
+    sizes = "tokens: 320, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2"
+    stages = f"\n - {{name: less, objective: cross_entropy, {sizes}, prune: {share}}}"
+    with pytest.raises(UserError, match=f"stage less: `prune`.*{word}"):
+        train_from_recipe(_recipe(folder, f"unpruned-{model}", model=model, stages=stages))
+
+
 def test_a_model_trained_for_q4_0_loses_nothing_to_it(folder):
     sizes = "tokens: 320, batch_tokens: 64, device_windows: 2, learning_rate: 1.0e-2"
     stages = f"\n - {{name: bits, objective: cross_entropy, {sizes}, quant: q4_0, soft_slopes: true}}"

@@ -86,10 +86,10 @@ class _Sides:
             (gate, (signs_2F[0] * gate_size_F)[::step], dense_F[::step]),
             (up, signs_2F[1] * size_F / gate_size_F, dense_F),
         ):
-            _rewrite(projection, projection.weight[rows_F] * scale_F[:, None])
+            rewrite(projection, projection.weight[rows_F] * scale_F[:, None])
             if projection.bias is not None:
                 projection.bias = nn.Parameter(projection.bias[rows_F] * scale_F)
-        _rewrite(down, down.weight[:, dense_F] * factor_F.sign())
+        rewrite(down, down.weight[:, dense_F] * factor_F.sign())
         self.mlp.neurons_per_gate = step
 
 
@@ -104,7 +104,8 @@ def _top(worth_SF: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return chosen // worth_SF.shape[1], chosen % worth_SF.shape[1]
 
 
-def _rewrite(projection: nn.Linear, weight: Tensor) -> None:
+def rewrite(projection: nn.Linear, weight: Tensor) -> None:
+    """Give a projection another weight, of any size."""
     projection.weight = nn.Parameter(weight)
     projection.out_features, projection.in_features = weight.shape
 

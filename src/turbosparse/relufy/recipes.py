@@ -139,6 +139,9 @@ class Stage(_Strict):
         default=None, description="for a fresh dReLU swap: see allot.py"
     )
     width: float = Field(default=1.0, ge=1, le=4, description="with best or pairs: neurons over the dense model's")
+    prune: float | None = Field(
+        default=None, gt=0, lt=1, description="of a sparse model: share of its gates that go as it begins, see prune.py"
+    )
     soft_slopes: bool = Field(default=False, description="of a sparse model: neurons that are off learn, see slopes.py")
     ternary_gates: bool = Field(default=False, description="of a sparse model: 2 bits a weight, see ternary.py")
     quant: Literal["q4_0"] | None = Field(default=None, description="weights as an export of it has them: quantized.py")
@@ -155,6 +158,8 @@ class Stage(_Strict):
             raise ValueError("`sides` belongs to the layerwise objective")
         if self.width != 1 and self.sides not in ("best", "pairs"):
             raise ValueError("`width` chooses among all sides: add `sides: best` or `sides: pairs`, or leave it out")
+        if self.prune is not None and self.sides:
+            raise ValueError("`prune` drops of what `sides` has just chosen: make `width` smaller instead")
         if self.objective == "layerwise" and self.distillation is not None:
             raise ValueError("`distillation` belongs to the cross_entropy objective")
         if self.objective == "layerwise" and self.predictability is not None:

@@ -34,6 +34,7 @@ from turbosparse.relufy.optimizer import make_adamw
 from turbosparse.relufy.predictable import Predictors
 from turbosparse.relufy.processes import is_shared, share, shared_loss, this_process
 from turbosparse.relufy.progress import ProgressLog
+from turbosparse.relufy.prune import prune_gates
 from turbosparse.relufy.quantized import BLOCK, fits_q4_0, use_q4_0
 from turbosparse.relufy.recipes import Recipe, Stage, load_recipe
 from turbosparse.relufy.roles import settle_roles
@@ -211,6 +212,8 @@ def _check_fit(stage: Stage, model: Any) -> None:
         raise UserError(
             f"stage {stage.name}: `ternary_gates` is for sparse models; convert the model first, or leave it out"
         )
+    if stage.prune is not None and "dense" in kinds:
+        raise UserError(f"stage {stage.name}: `prune` is for sparse models; convert the model first, or leave it out")
     if stage.sparsity is not None and stage.sparsity.idle is not None and kinds != {"drelu"}:
         raise UserError(
             f"stage {stage.name}: `sparsity.idle` is for dReLU models, whose gate can be open for nothing; leave it out"
@@ -230,8 +233,19 @@ def _prepare(stage: Stage, model: Any, teacher: Any, probes: list[Tensor], dtype
         if stage.sides:
             unused = allot_neurons(model, teacher, probes, dtype, stage.sides, stage.width)
             this_process().print(f"allot neurons: {unused:.1%} of the dense ones are left out", file=sys.stderr)
+        if stage.prune is not None:
+            _prune(stage, model, probes, dtype)
         if stage.sparsity is not None and stage.sparsity.threshold is not None:
             set_thresholds(model, stage.sparsity.threshold, probes, dtype)
+
+
+def _prune(stage: Stage, model: Any, probes: list[Tensor], dtype: torch.dtype | None) -> None:
+    try:
+        lost = prune_gates(model, stage.prune or 0.0, probes, dtype)
+    except ValueError as error:
+        raise UserError(f"stage {stage.name}: `prune`: {error}; make it smaller") from None
+    kept = model.config.gate_rows()
+    this_process().print(f"prune: {kept} gates a layer stay, {lost:.1%} of the output's energy went", file=sys.stderr)
 
 
 def _predictors(
