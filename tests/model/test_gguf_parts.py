@@ -79,6 +79,13 @@ def test_commands_take_the_first_part(whole, parts, tmp_path):
     assert (folder / "model.safetensors").is_file()
 
 
+def test_an_export_does_not_replace_a_part(parts):
+    before = parts[1].read_bytes()
+    done = CliRunner().invoke(app, ["export", str(parts[0]), str(parts[1]), "--format", "powerinfer"])
+    assert done.exit_code == 2 and "belongs to the model that is read" in done.output
+    assert parts[1].read_bytes() == before
+
+
 def test_a_copy_is_whole(parts, tmp_path):
     out = edit_gguf(parts[0], tmp_path / "copy.gguf")
     with GGUFFile.open(out) as file, GGUFFile.open(parts[0]) as several:

@@ -189,6 +189,17 @@ def test_a_model_goes_to_the_hub_with_its_card_and_its_files(run, tmp_path, monk
     assert "turbosparse run m.gguf" in (run / "README.md").read_text()
 
 
+def test_all_parts_of_a_file_go_to_the_hub(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(_Hub, "calls", [])
+    monkeypatch.setattr(upload_module, "HfApi", _Hub)
+    parts = [tmp_path / f"m-0000{part}-of-00002.gguf" for part in (1, 2)]
+    for part in parts:
+        part.write_bytes(b"GGUF")
+    assert _publish(run, "--to", "me/sparse", "--gguf", parts[1], "--gguf", parts[0])[0] == 0
+    assert [options["path_in_repo"] for kind, options in _Hub.calls if kind == "file"] == [part.name for part in parts]
+    assert "turbosparse run m-00001-of-00002.gguf" in (run / "README.md").read_text()
+
+
 def test_nobody_logged_in_is_one_sentence(run, monkeypatch):
     def refuse(self, repository, **options):
         raise LocalTokenNotFoundError("no token")

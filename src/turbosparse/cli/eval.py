@@ -14,7 +14,7 @@ from turbosparse.cli.extras import extra
 from turbosparse.cli.loading import load_engine, reading_mode
 from turbosparse.errors import UserError
 from turbosparse.folders import check_folder
-from turbosparse.model.gguf_parts import part_names
+from turbosparse.model.gguf_parts import files_of
 
 if TYPE_CHECKING:
     from turbosparse.evaluate.data_folder import DataFolder
@@ -192,10 +192,7 @@ class _How:
 
 def _stamp(path: Path) -> dict[str, list[int]]:
     """Sizes and dates of the files of a model, which tell it from another one under the same name."""
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-    else:
-        files = [part for name in part_names(path.name) if (part := path.with_name(name)).is_file()]
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else files_of(path)
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 

@@ -11,6 +11,7 @@ from turbosparse.cli import output
 from turbosparse.cli.extras import extra
 from turbosparse.cli.options import Json
 from turbosparse.errors import UserError
+from turbosparse.model.gguf_parts import files_of
 
 
 def command(
@@ -39,6 +40,7 @@ def command(
     for file in ggufs:
         if not file.is_file():
             raise UserError(f"{file}: no such file; write it with `turbosparse export`.")
+    ggufs = list(dict.fromkeys(files_of(file)[0] for file in ggufs))  # of several parts the first stands for all
     carried = provenance(folder)
     origin = Provenance(licence or carried.license, base_model or carried.base_model)
     if to is not None and origin.license is None:

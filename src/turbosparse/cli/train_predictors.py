@@ -10,6 +10,7 @@ import typer
 
 from turbosparse.cli import options, output
 from turbosparse.cli.extras import extra
+from turbosparse.model.gguf_parts import whole_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,7 +67,7 @@ def command(
     with extra("train"):
         from turbosparse.predict import Wish, train_predictors
 
-    out = out or Path(f"{Path(model).name.removesuffix('.gguf')}-predictors.gguf")
+    out = out or Path(f"{whole_name(Path(model).name).removesuffix('.gguf')}-predictors.gguf")
     wish = Wish(share, rank, recall, tokens, epochs, device.value, keep, together, end_to_end, gates)
     with output.progress("training predictors") as report:
         result = train_predictors(model, data, out, wish, replace, report)

@@ -28,6 +28,7 @@ from turbosparse.model.experts import stored_experts
 from turbosparse.model.export_metadata import architecture_of, check_exportable, write_metadata, write_tokenizer
 from turbosparse.model.families import FAMILIES
 from turbosparse.model.gguf import nbytes_of
+from turbosparse.model.gguf_parts import files_of
 from turbosparse.model.layout import ROPE_FACTORS, TensorSpec, tensor_specs
 from turbosparse.model.published import stored_predictor
 from turbosparse.model.quantize import quantize, writable_type
@@ -255,9 +256,9 @@ def refuse_own_file(source: Path, out: Path) -> None:
     """Keep an export from replacing what it reads; GGUF files that lie in the folder are not read.
 
     Raises:
-        UserError: `out` is `source`, or a file in it.
+        UserError: `out` is `source`, a part of it, or a file in it.
     """
-    read = [file for file in source.iterdir() if file.suffix != ".gguf"] if source.is_dir() else [source]
+    read = [file for file in source.iterdir() if file.suffix != ".gguf"] if source.is_dir() else files_of(source)
     if out.is_file() and any(file.is_file() and file.samefile(out) for file in read):
         raise UserError(f"{out} belongs to the model that is read; give the path of another file to write.")
 

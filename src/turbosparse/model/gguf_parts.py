@@ -31,6 +31,11 @@ def whole_name(name: str) -> str:
     return name if match is None else match["stem"] + match["suffix"]
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files of the model that `path` is or is a part of, as far as they are there."""
+    return [file for name in part_names(path.name) if (file := path.with_name(name)).is_file()]
+
+
 def later_parts(path: Path, metadata: Mapping[str, object]) -> list[Path]:
     """Where the parts after the first lie, in order; nowhere if the file at `path` is whole.
 
