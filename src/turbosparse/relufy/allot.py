@@ -86,9 +86,7 @@ class _Sides:
             (gate, (signs_2F[0] * gate_size_F)[::step], dense_F[::step]),
             (up, signs_2F[1] * size_F / gate_size_F, dense_F),
         ):
-            rewrite(projection, projection.weight[rows_F] * scale_F[:, None])
-            if projection.bias is not None:
-                projection.bias = nn.Parameter(projection.bias[rows_F] * scale_F)
+            take_rows(projection, rows_F, scale_F)
         rewrite(down, down.weight[:, dense_F] * factor_F.sign())
         self.mlp.neurons_per_gate = step
 
@@ -108,6 +106,14 @@ def rewrite(projection: nn.Linear, weight: Tensor) -> None:
     """Give a projection another weight, of any size."""
     projection.weight = nn.Parameter(weight)
     projection.out_features, projection.in_features = weight.shape
+
+
+def take_rows(projection: nn.Linear, rows_F: Tensor, scale_F: Tensor | None = None) -> None:
+    """Make a projection, with its bias, of those of its rows, each times its factor."""
+    factor_F = torch.ones_like(rows_F, dtype=projection.weight.dtype) if scale_F is None else scale_F
+    rewrite(projection, projection.weight[rows_F] * factor_F[:, None])
+    if projection.bias is not None:
+        projection.bias = nn.Parameter(projection.bias[rows_F] * factor_F)
 
 
 @torch.no_grad()

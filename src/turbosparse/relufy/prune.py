@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from turbosparse.relufy.allot import rewrite
+from turbosparse.relufy.allot import rewrite, take_rows
 from turbosparse.relufy.objective import ffns, last_hidden
 from turbosparse.relufy.quantized import BLOCK
 
@@ -79,9 +79,7 @@ def _keep_best(mlp: Any, squares_F: Tensor, keep: int, group: int) -> Tensor:
     worth_G = (squares_F * mlp.down_proj.weight.float().square().sum(0)).view(-1, group).sum(1)
     gates_K = worth_G.topk(keep).indices.sort().values
     neurons = (gates_K[:, None] * group + torch.arange(group, device=gates_K.device)).flatten()
-    for projection, rows in ((mlp.gate_proj, gates_K), (mlp.up_proj, neurons)):
-        rewrite(projection, projection.weight[rows])
-        if projection.bias is not None:
-            projection.bias = nn.Parameter(projection.bias[rows])
+    take_rows(mlp.gate_proj, gates_K)
+    take_rows(mlp.up_proj, neurons)
     rewrite(mlp.down_proj, mlp.down_proj.weight[:, neurons].contiguous())
     return 1 - worth_G[gates_K].sum() / worth_G.sum().clamp_min(1e-20)
