@@ -30,16 +30,15 @@ def parts(whole, tmp_path):
     return found
 
 
-def _rewrite(path, keys):
-    """A part with other keys."""
+def _rewrite(path, keys, tensors=None):
+    """A part with other keys, or the tensors of another one."""
     reader = gguf.GGUFReader(path)
-    kept = {key: field for key, field in reader.fields.items() if key.startswith("split.")}
-    values = {key: field.contents() for key, field in kept.items()} | keys
+    values = {key: reader.fields[key].contents() for key in SPLIT_KEYS} | keys
     writer = gguf.GGUFWriter(path.with_suffix(".new"), "llama")
     for key, value in values.items():
         if value is not None:
             writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-    for tensor in reader.tensors:
+    for tensor in tensors or reader.tensors:
         writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -139,17 +138,7 @@ def test_parts_that_do_not_fit(parts, damage, words):
 
 def test_a_tensor_in_two_parts(parts):
     twice = gguf.GGUFReader(parts[0]).tensors[0]
-    reader = gguf.GGUFReader(parts[1])
-    writer = gguf.GGUFWriter(parts[1].with_suffix(".new"), "llama")
-    for key in SPLIT_KEYS:
-        value = reader.fields[key].contents()
-        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-    writer.add_tensor(twice.name, np.array(twice.data), raw_dtype=twice.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    parts[1].with_suffix(".new").replace(parts[1])
+    _rewrite(parts[1], {}, [twice])
     with pytest.raises(UserError, match=f"{twice.name}.*a part before it has too"):
         GGUFFile.open(parts[0])
 

@@ -126,8 +126,9 @@ class GGUFFile:
         """
         file = cls._map(Path(path))
         try:
-            for place, part in enumerate(later_parts(file.path, file.metadata), 1):
-                file._join(cls._map(part), place)
+            later = later_parts(file.path, file.metadata)
+            for place, part in enumerate(later, 1):
+                file._join(cls._map(part), place, 1 + len(later))
             file._check_joined()
         except BaseException:
             file.close()
@@ -155,10 +156,10 @@ class GGUFFile:
             _close(buffer)
             raise
 
-    def _join(self, part: GGUFFile, place: int) -> None:
-        """Take over the tensors of the part that stands at `place`, counted from 0."""
+    def _join(self, part: GGUFFile, place: int, count: int) -> None:
+        """Take over the tensors of the part that stands at `place`, counted from 0, of so many."""
         self._later.append(part)  # first of all, so that it is closed whatever comes
-        check_part(self.path, self.metadata, part.path, part.metadata, place)
+        check_part(part.path, part.metadata, place, count)
         if part.magic != self.magic:
             raise UserError(f"{part.path} starts with {part.magic!r}, unlike {self.path}; it is of another model.")
         if twice := next((name for name in part.tensors if name in self.tensors), None):

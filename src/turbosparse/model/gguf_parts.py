@@ -61,15 +61,13 @@ def later_parts(path: Path, metadata: Mapping[str, object]) -> list[Path]:
     return parts
 
 
-def check_part(
-    first: Path, metadata: Mapping[str, object], path: Path, part_metadata: Mapping[str, object], place: int
-) -> None:
-    """Whether the file at `path` says that it stands at `place`, counted from 0, of the model that begins with `first`.
+def check_part(path: Path, metadata: Mapping[str, object], place: int, count: int) -> None:
+    """Whether the file at `path` says that it stands at `place`, counted from 0, of so many parts.
 
     Raises:
         UserError: it says something else.
     """
-    found, (_, count) = _place(path, part_metadata), _place(first, metadata)
+    found = _place(path, metadata)
     if found != (place, count):
         raise UserError(
             f"{path} says that it is part {found[0] + 1} of {found[1]}, not {place + 1} of {count}; download it again."

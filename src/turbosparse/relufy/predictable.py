@@ -27,7 +27,8 @@ from turbosparse.errors import UserError
 from turbosparse.model.config import rank_at
 from turbosparse.predict.fit import LARGEST, by_score, start, whitening
 from turbosparse.relufy.drelu import SparseGLU
-from turbosparse.relufy.objective import ffns, last_hidden
+from turbosparse.relufy.objective import ffns
+from turbosparse.relufy.observe import observe
 from turbosparse.relufy.recipes import Predictability
 from turbosparse.relufy.sparsity import ActivationTap
 
@@ -271,15 +272,10 @@ def _watch(
     model: Any, batches: Iterable[Tensor], dtype: torch.dtype | None, stride: int
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """X [N, D] and |h| [N, F] of every layer."""
-    mlps = ffns(model)
-    old, watches = [mlp.tap for mlp in mlps], [_Watch(mlp, stride) for mlp in mlps]
-    for mlp, watch in zip(mlps, watches, strict=True):
-        mlp.tap = watch
+    watches = [_Watch(mlp, stride) for mlp in ffns(model)]
     try:
-        for ids_BT in batches:
-            last_hidden(model, ids_BT, dtype)
+        observe(model, watches, batches, dtype)
     finally:
-        for mlp, tap, watch in zip(mlps, old, watches, strict=True):
-            mlp.tap = tap
+        for watch in watches:
             watch.handle.remove()
     return [(torch.cat(watch.x_ND)[:_START_TOKENS], torch.cat(watch.mass_NF)[:_START_TOKENS]) for watch in watches]

@@ -19,18 +19,9 @@ import torch
 from torch import Tensor
 
 from turbosparse.relufy.allot import rewrite, take_rows
-from turbosparse.relufy.objective import ffns, last_hidden
+from turbosparse.relufy.objective import ffns
+from turbosparse.relufy.observe import mean_squares
 from turbosparse.relufy.quantized import BLOCK
-
-
-class _Energy:
-    """Tap that adds up the squares of each neuron's h."""
-
-    def __init__(self) -> None:
-        self.squares_F: Tensor | float = 0.0
-
-    def __call__(self, gate_BTF: Tensor, up_BTF: Tensor, h_BTF: Tensor) -> None:
-        self.squares_F = self.squares_F + h_BTF.float().square().flatten(0, -2).sum(0)
 
 
 def gates_kept(neurons: int, neurons_per_gate: int, share: float) -> int:
@@ -59,17 +50,8 @@ def prune_gates(model: Any, share: float, batches: Iterable[Tensor], dtype: torc
     keep, group = gates_kept(config.intermediate_size, config.neurons_per_gate, share), config.neurons_per_gate
     if not keep:
         raise ValueError(f"{share} of {config.gate_rows()} gates leaves none")
-    mlps: list[Any] = ffns(model)
-    for mlp in mlps:
-        mlp.tap = _Energy()
-    try:
-        for ids_BT in batches:
-            last_hidden(model, ids_BT, dtype)
-        squares = [mlp.tap.squares_F for mlp in mlps]
-    finally:
-        for mlp in mlps:
-            mlp.tap = None
-    lost = torch.stack([_keep_best(mlp, each, keep, group) for mlp, each in zip(mlps, squares, strict=True)])
+    squares = mean_squares(model, batches, dtype)
+    lost = torch.stack([_keep_best(mlp, each, keep, group) for mlp, each in zip(ffns(model), squares, strict=True)])
     config.intermediate_size = keep * group
     return lost.mean().item()
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbosparse.relufy.objective import ffns, last_hidden
+from turbosparse.relufy.objective import ffns
+from turbosparse.relufy.observe import observe
 
 
 class _Openings:
@@ -45,17 +46,10 @@ def settle_roles(model: Any, batches: Iterable[Tensor], dtype: torch.dtype | Non
     mlps = ffns(model)
     if any(getattr(mlp, "activation", None) != "drelu" or mlp.neurons_per_gate > 1 for mlp in mlps):
         return 0.0
-    watched = [(mlp, mlp.tap, _Openings()) for mlp in mlps]
-    for mlp, _, openings in watched:
-        mlp.tap = openings
-    try:
-        for ids_BT in batches:
-            last_hidden(model, ids_BT, dtype)
-    finally:
-        for mlp, tap, _ in watched:
-            mlp.tap = tap
+    taps = [_Openings() for _ in mlps]
+    observe(model, taps, batches, dtype)
     shares = []
-    for mlp, _, openings in watched:
+    for mlp, openings in zip(mlps, taps, strict=True):
         trade_F = torch.as_tensor(openings.up_F) < torch.as_tensor(openings.gate_F)
         for name in ("weight", "bias"):
             gate, up = getattr(mlp.gate_proj, name), getattr(mlp.up_proj, name)

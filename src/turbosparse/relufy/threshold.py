@@ -15,25 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbosparse.relufy.objective import ffns, last_hidden
+from turbosparse.relufy.objective import ffns
+from turbosparse.relufy.observe import mean_squares
 
 
-class _Energy:
-    """Tap that adds up the squares of h."""
-
-    def __init__(self) -> None:
-        self._sum: Tensor | float = 0.0
-        self._count = 0
-
-    def __call__(self, gate_BTF: Tensor, up_BTF: Tensor, h_BTF: Tensor) -> None:
-        self._sum = self._sum + h_BTF.float().square().sum()
-        self._count += h_BTF.numel()
-
-    def root_mean_square(self) -> float:
-        return (float(self._sum) / max(1, self._count)) ** 0.5
-
-
-@torch.no_grad()
 def set_thresholds(model: Any, share: float, batches: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
     """Set each layer's threshold, in the model and in its config, to `share` of the root mean square of its h.
 
@@ -45,18 +30,10 @@ def set_thresholds(model: Any, share: float, batches: Iterable[Tensor], dtype: t
 
     A layer whose h is zero on all of them gets the threshold 0.
     """
-    taps = []
     for mlp in ffns(model):
         mlp.set_threshold(None)
-        mlp.tap = _Energy()
-        taps.append(mlp.tap)
-    try:
-        for ids_BT in batches:
-            last_hidden(model, ids_BT, dtype)
-    finally:
-        for mlp in ffns(model):
-            mlp.tap = None
-    thresholds = [share * tap.root_mean_square() for tap in taps]
+    squares = mean_squares(model, batches, dtype)
+    thresholds = [share * square_F.mean().sqrt().item() for square_F in squares]
     model.config.activation_threshold = thresholds
     for mlp, threshold in zip(ffns(model), thresholds, strict=True):
         mlp.set_threshold(threshold)

@@ -234,16 +234,16 @@ def _prepare(stage: Stage, model: Any, teacher: Any, probes: list[Tensor], dtype
             unused = allot_neurons(model, teacher, probes, dtype, stage.sides, stage.width)
             this_process().print(f"allot neurons: {unused:.1%} of the dense ones are left out", file=sys.stderr)
         if stage.prune is not None:
-            _prune(stage, model, probes, dtype)
+            _prune(stage.name, model, stage.prune, probes, dtype)
         if stage.sparsity is not None and stage.sparsity.threshold is not None:
             set_thresholds(model, stage.sparsity.threshold, probes, dtype)
 
 
-def _prune(stage: Stage, model: Any, probes: list[Tensor], dtype: torch.dtype | None) -> None:
+def _prune(stage: str, model: Any, share: float, probes: list[Tensor], dtype: torch.dtype | None) -> None:
     try:
-        lost = prune_gates(model, stage.prune or 0.0, probes, dtype)
+        lost = prune_gates(model, share, probes, dtype)
     except ValueError as error:
-        raise UserError(f"stage {stage.name}: `prune`: {error}; make it smaller") from None
+        raise UserError(f"stage {stage}: `prune`: {error}; make it smaller") from None
     kept = model.config.gate_rows()
     this_process().print(f"prune: {kept} gates a layer stay, {lost:.1%} of the output's energy went", file=sys.stderr)
 
