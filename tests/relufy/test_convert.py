@@ -122,6 +122,49 @@ def _glu(activation: str, group: int) -> SparseGLU:
     return SparseGLU(gate, up, down, activation, 0.05, group)
 
 
+def _mirrored() -> tuple[SparseGLU, SparseGLU]:
+    """Twelve neurons under three gates, two to an up, and the same block with an up for every neuron."""
+    mlp = SparseGLU(nn.Linear(8, 3), nn.Linear(8, 6), nn.Linear(12, 8), "drelu", 0.05, 4, mirrored_ups=True)
+    twin = copy.deepcopy(mlp)
+    twin.up_proj, twin.mirrored_ups = nn.Linear(8, 12), False
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            rows = getattr(mlp.up_proj, name)
+            getattr(twin.up_proj, name).copy_(torch.stack([rows, -rows], 1).flatten(0, 1))
+    return mlp, twin
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_mirrored_up_is_that_of_one_neuron_and_less_that_of_the_next(soft):
+    torch.manual_seed(0)
+    pair, seen = _mirrored(), []
+    for mlp in pair:
+        mlp.tap = lambda *values: seen.append([value.detach() for value in values])
+        if soft:
+            mlp.__class__ = SoftSlopeGLU
+    x, weight = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    outputs = [mlp(x) for mlp in pair]
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*seen)
+    for output in outputs:
+        (output * weight).sum().backward()
+    mine, theirs = (mlp.up_proj.weight.grad for mlp in pair)
+    torch.testing.assert_close(mine, theirs[0::2] - theirs[1::2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"neurons_per_gate": 2, "mirrored_ups": 1}, "true or false"),
+        ({"neurons_per_gate": 3, "mirrored_ups": True}, "even `neurons_per_gate`"),
+        ({"neurons_per_gate": 2, "mirrored_ups": True, "activation": "reglu"}, "needs dReLU"),
+    ],
+)
+def test_ups_are_mirrored_under_an_even_number_of_neurons(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TurboSparseLlamaConfig(**({"activation": "drelu", "intermediate_size": 96} | changes))
+
+
 def _repeated(shared: SparseGLU) -> SparseGLU:
     """The same block with a copy of its gate for every neuron."""
     twin = copy.deepcopy(shared)

@@ -6,7 +6,9 @@
             y = h @ W_down.T               gate = x @ W_gate.T, up = x @ W_up.T, plus biases where the family has them
 
 A gate may serve several neurons, each with an up of its own: as many as the config's `neurons_per_gate` says. These
-stand next to each other, and gate_proj has a row for every such group.
+stand next to each other, and gate_proj has a row for every such group. Ups may be mirrored too (`mirrored_ups`): two
+neighbours under one gate share a row of up_proj, which the second one takes with the other sign, so that of an open
+gate one of them fires, whatever the up.
 
 A model may also have an activation threshold in each layer: an h that is smaller becomes zero (a dead zone, which
 ProSparse, arXiv 2402.13516, adds to ReLU after training; here it can be trained with, see threshold.py).
@@ -67,6 +69,7 @@ class SparseGLU(nn.Module):
         gate_proj, up_proj: d to f; down_proj: f to d. Names and shapes are the family's, so state dicts match; where a
             gate serves several neurons, gate_proj is d to f over that number.
         neurons_per_gate: that number, 1 or more.
+        mirrored_ups: up_proj is d to f / 2; neurons 2 j and 2 j + 1 have its row j, the second one with the other sign.
         activation: "drelu" or "reglu".
         threshold: a float32 scalar; a smaller |h| becomes zero; None: there is none. A tensor, so that all layers
             of a compiled model share one graph; no buffer, as the config holds it and from_pretrained would empty it.
@@ -83,6 +86,7 @@ class SparseGLU(nn.Module):
         activation: str,
         threshold: float | None = None,
         neurons_per_gate: int = 1,
+        mirrored_ups: bool = False,
     ) -> None:
         super().__init__()
         self.gate_proj = gate_proj
@@ -90,6 +94,7 @@ class SparseGLU(nn.Module):
         self.down_proj = down_proj
         self.activation = activation
         self.neurons_per_gate = neurons_per_gate
+        self.mirrored_ups = mirrored_ups
         self.tap: Callable[[Tensor, Tensor, Tensor], None] | None = None
         self._combine = ACTIVATIONS[activation]
         self.set_threshold(threshold)
@@ -114,6 +119,11 @@ class SparseGLU(nn.Module):
             return gate
         return gate.unsqueeze(-1).expand(*gate.shape, self.neurons_per_gate).flatten(-2)
 
+    def ups(self, x: Tensor) -> Tensor:
+        """The up of every neuron, before its relu: x [..., d] to [..., f]."""
+        up: Tensor = self.up_proj(x)
+        return torch.stack([up, -up], dim=-1).flatten(-2) if self.mirrored_ups else up
+
     def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
         """The activation, [..., f], of pre-activations of that shape; below the threshold it is zero."""
         h = self._combine(gate, up)
@@ -121,7 +131,7 @@ class SparseGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d] to [..., d]."""
-        gate, up = self.gates(x), self.up_proj(x)
+        gate, up = self.gates(x), self.ups(x)
         h = self.hidden(gate, up)
         if self.tap is not None:
             self.tap(gate, up, h)
@@ -137,12 +147,13 @@ class _SparseConfig:
 
     `activation` is required and stands a second time under the family's own key. They must agree: an edit that touches
     one of them is an error, not another model. `activation_threshold`, if the model has it, is one number per layer.
-    `neurons_per_gate` divides `intermediate_size`, which counts neurons.
+    `neurons_per_gate` divides `intermediate_size`, which counts neurons; with `mirrored_ups` it is even.
     """
 
     activation: str
     activation_threshold: list[float] | None
     neurons_per_gate: int
+    mirrored_ups: bool
     activation_key: ClassVar[str] = "hidden_act"
     has_no_defaults_at_init: ClassVar[bool] = True  # a config without `activation` is an error even as a default
 
@@ -150,11 +161,13 @@ class _SparseConfig:
         self.activation = kwargs.pop("activation", None)
         self.activation_threshold = kwargs.pop("activation_threshold", None)
         self.neurons_per_gate = kwargs.pop("neurons_per_gate", 1)
+        self.mirrored_ups = kwargs.pop("mirrored_ups", False)
         if getattr(self, self.activation_key) == "":
             setattr(self, self.activation_key, self.activation)
         self.checked_activation()
         self.layer_thresholds()
         self.gate_rows()
+        self.up_rows()
         super().__post_init__(**kwargs)  # type: ignore[misc]
         family = type(self).__name__.removesuffix("Config")
         module = Path(CODE_FILE).stem
@@ -190,6 +203,21 @@ class _SparseConfig:
             raise ValueError(f"`neurons_per_gate` must be a whole number >= 1 that divides {neurons}, not {group!r}")
         return int(neurons) // group
 
+    def up_rows(self) -> int:
+        """Rows of up_proj: one for every neuron, or for two of them.
+
+        Raises:
+            ValueError: `mirrored_ups` is not true or false, or is true where neurons do not share gates in pairs, or
+                are those of ReGLU, which fire for either sign.
+        """
+        if type(self.mirrored_ups) is not bool:
+            raise ValueError(f"`mirrored_ups` must be true or false, not {self.mirrored_ups!r}")
+        if not self.mirrored_ups:
+            return int(self.intermediate_size)  # type: ignore[attr-defined]
+        if self.neurons_per_gate % 2 or self.activation != "drelu":
+            raise ValueError("`mirrored_ups` needs dReLU and an even `neurons_per_gate`")
+        return int(self.intermediate_size) // 2  # type: ignore[attr-defined]
+
     def layer_thresholds(self) -> list[float] | list[None]:
         """The activation threshold of every layer, or as many None.
 
@@ -211,12 +239,12 @@ class _SparseConfig:
         Path(save_directory, CODE_FILE).write_bytes(code)
 
 
-def _with_rows(gate_proj: nn.Linear, rows: int) -> nn.Linear:
+def _with_rows(projection: nn.Linear, rows: int) -> nn.Linear:
     """The projection, or a new one like it where it has another number of rows."""
-    if gate_proj.out_features == rows:
-        return gate_proj
-    weight, biased = gate_proj.weight, gate_proj.bias is not None
-    return nn.Linear(gate_proj.in_features, rows, biased, device=weight.device, dtype=weight.dtype)
+    if projection.out_features == rows:
+        return projection
+    weight, biased = projection.weight, projection.bias is not None
+    return nn.Linear(projection.in_features, rows, biased, device=weight.device, dtype=weight.dtype)
 
 
 class _SparseModel:
@@ -233,9 +261,15 @@ class _SparseModel:
             setattr(config, config.activation_key, activation)
         for layer, threshold in zip(self.model.layers, config.layer_thresholds(), strict=True):  # type: ignore[attr-defined]
             dense = layer.mlp
-            gate = _with_rows(dense.gate_proj, config.gate_rows())
-            group = config.neurons_per_gate
-            layer.mlp = SparseGLU(gate, dense.up_proj, dense.down_proj, activation, threshold, group)
+            layer.mlp = SparseGLU(
+                _with_rows(dense.gate_proj, config.gate_rows()),
+                _with_rows(dense.up_proj, config.up_rows()),
+                dense.down_proj,
+                activation,
+                threshold,
+                config.neurons_per_gate,
+                config.mirrored_ups,
+            )
 
 
 class TurboSparseLlamaConfig(_SparseConfig, LlamaConfig):

@@ -67,7 +67,7 @@ class SoftSlopeGLU(SparseGLU):
         """x: [B, T, d] to [B, T, d]."""
         if not torch.is_grad_enabled():
             return super().forward(x)
-        gate, up = self.gates(x), self.up_proj(x)
+        gate, up = self.gates(x), self.ups(x)
         h = with_soft_slopes(self.hidden(gate.detach(), up.detach()), gate, up, self.activation == "drelu")
         if self.tap is not None:
             self.tap(gate, up, h)
