@@ -91,25 +91,40 @@ def test_a_wider_layer_comes_closer_and_is_stored_as_it_is(pair, tmp_path):
     assert all(c < a < 0.8 * b for a, b, c in zip(double, narrow, whole, strict=True)), errors
 
 
+@pytest.mark.parametrize("sides_of_pairs", ["pairs", "mirrored"])
 @torch.no_grad()
-def test_pairs_share_their_gates_and_come_closer_than_as_many_gates_of_single_sides(pair, tmp_path):
+def test_pairs_share_their_gates_and_come_closer_than_as_many_gates_of_single_sides(pair, tmp_path, sides_of_pairs):
     dense, sparse = pair
     ids = torch.randint(40, (6, 64))
     inputs = _inputs(dense, ids)
     errors = []
-    for sides, width in (("best", 1), ("pairs", 2)):
+    for sides, width in (("best", 1), (sides_of_pairs, 2)):
         student = copy.deepcopy(sparse)
         unused = allot_neurons(student, dense, ids.split(2), sides=sides, width=width)
         assert 0.05 < unused < 0.7
         errors.append([_error(*each) for each in zip(ffns(student), ffns(dense), inputs, strict=True)])
     assert student.config.intermediate_size == 64 and student.config.neurons_per_gate == 2
-    for mlp in ffns(student):
-        assert (mlp.gate_proj.out_features, mlp.up_proj.out_features, mlp.neurons_per_gate) == (32, 64, 2)
-        first, second = mlp.up_proj.weight.unflatten(0, (-1, 2)).unbind(1)
-        turned = torch.nn.functional.cosine_similarity(first, second)
+    assert student.config.mirrored_ups == (sides_of_pairs == "mirrored")
+    for mlp, x in zip(ffns(student), inputs, strict=True):
+        ups = 32 if sides_of_pairs == "mirrored" else 64
+        assert (mlp.gate_proj.out_features, mlp.up_proj.out_features, mlp.neurons_per_gate) == (32, ups, 2)
+        first, second = mlp.ups(x).unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.nn.functional.cosine_similarity(first, second, dim=1)
         torch.testing.assert_close(turned, -torch.ones_like(turned))  # both signs of one up
     assert all(pairs < best for best, pairs in zip(*errors, strict=True)), errors
     _check_stored(student, ids, tmp_path)
+
+
+@torch.no_grad()
+def test_mirrored_pairs_give_what_pairs_do(pair):
+    dense, sparse = pair
+    ids, outputs = torch.randint(40, (6, 64)), []
+    inputs = _inputs(dense, ids)
+    for sides in ("pairs", "mirrored"):
+        student = copy.deepcopy(sparse)
+        allot_neurons(student, dense, ids.split(2), sides=sides, width=2)
+        outputs.append([mlp(x) for mlp, x in zip(ffns(student), inputs, strict=True)])
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -127,4 +142,5 @@ def _check_stored(student, ids, folder):
     student.save_pretrained(folder)
     again = TurboSparseLlamaForCausalLM.from_pretrained(folder)
     assert again.config.neurons_per_gate == student.config.neurons_per_gate
+    assert again.config.mirrored_ups == student.config.mirrored_ups
     assert torch.equal(again(ids).logits, logits)

@@ -38,9 +38,12 @@ def _worth(model, group):
     return worth
 
 
-@pytest.mark.parametrize(("family", "group"), [("llama", 1), ("qwen2", 2), ("qwen3", 3)])
-def test_the_gates_that_are_worth_most_stay_in_their_order(tmp_path, family, group):
-    model = _model(tmp_path / "hf", group, family, activation_threshold=[0.0, 0.05])
+@pytest.mark.parametrize(
+    ("family", "group", "mirrored"),
+    [("llama", 1, False), ("qwen2", 2, False), ("qwen3", 3, False), ("llama", 2, True), ("llama", 4, True)],
+)
+def test_the_gates_that_are_worth_most_stay_in_their_order(tmp_path, family, group, mirrored):
+    model = _model(tmp_path / "hf", group, family, activation_threshold=[0.0, 0.05], mirrored_ups=mirrored)
     worth = _worth(model, group)
     before = [{name: weight.clone() for name, weight in mlp.named_parameters()} for mlp in ffns(model)]
     lost = prune_gates(model, 0.5, [_IDS[:1], _IDS[1:]])
@@ -51,7 +54,8 @@ def test_the_gates_that_are_worth_most_stay_in_their_order(tmp_path, family, gro
         gates = sorted(sorted(range(len(values)), key=lambda g: -values[g])[:keep])
         neurons = [group * g + i for g in gates for i in range(group)]
         assert torch.equal(mlp.gate_proj.weight, old["gate_proj.weight"][gates])
-        assert torch.equal(mlp.up_proj.weight, old["up_proj.weight"][neurons])
+        ups = [neuron // 2 for neuron in neurons[::2]] if mirrored else neurons
+        assert torch.equal(mlp.up_proj.weight, old["up_proj.weight"][ups])
         assert torch.equal(mlp.down_proj.weight, old["down_proj.weight"][:, neurons])
         shares.append(1 - sum(values[g] for g in gates) / sum(values))
         assert mlp.tap is None

@@ -211,6 +211,11 @@ def test_idle_gates_are_refused_where_there_are_none_and_closed_where_there_are(
             train_from_recipe(_recipe(folder, f"idle-{model}", model=model, stages=stages))
     output = Path(train_from_recipe(_recipe(folder, "idle", stages=stages))["output"])
     means = [record["mean"] for record in map(json.loads, (output / "log.jsonl").open()) if "mean" in record]
+    mirrored = stages.replace("cross_entropy", "layerwise").replace(
+        "sparsity", "teacher: dense, sides: mirrored, sparsity"
+    )
+    with pytest.raises(UserError, match="of mirrored ups one of two is always idle"):
+        train_from_recipe(_recipe(folder, "idle-mirrored", stages=mirrored))
     idle_rates = [mean["sparsity_h"] - mean["sparsity_gate"] for mean in means]
     assert idle_rates[-1] < idle_rates[0] / 2
 
@@ -226,21 +231,22 @@ def test_ternary_gates_are_those_of_the_model_that_is_validated_and_saved(folder
     _assert_metrics_are_those_of_a_forward_pass(folder, output)
 
 
-def test_pairs_that_share_gates_go_through_every_stage(folder):
+@pytest.mark.parametrize(("sides", "ups"), [("pairs", 128), ("mirrored", 64)])
+def test_pairs_that_share_gates_go_through_every_stage(folder, sides, ups):
     """Layerwise, recovery with soft slopes, predictability and a threshold, and ternary gates in the end."""
     last = """ - {name: gates, objective: cross_entropy, tokens: 320, batch_tokens: 64, device_windows: 2,
     learning_rate: 1.0e-2, ternary_gates: true, quant: q4_0, soft_slopes: true}
 """
-    stages = _STAGES.replace("sides: best", "sides: pairs") + last
-    output = Path(train_from_recipe(_recipe(folder, "pairs", stages=stages))["output"])
-    warm = [record for record in _log(folder / "pairs" / "1-warm") if "loss" in record]
+    stages = _STAGES.replace("sides: best", f"sides: {sides}") + last
+    output = Path(train_from_recipe(_recipe(folder, sides, stages=stages))["output"])
+    warm = [record for record in _log(folder / sides / "1-warm") if "loss" in record]
     assert warm[-1]["relative_error"] < warm[0]["relative_error"]
     for stage in ("1-warm", "2-recover", "3-gates"):
-        config = json.loads((folder / "pairs" / stage / "config.json").read_text())
+        config = json.loads((folder / sides / stage / "config.json").read_text())
         assert (config["intermediate_size"], config["neurons_per_gate"]) == (128, 2)
     model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     for layer in model.model.layers:
-        assert layer.mlp.gate_proj.weight.shape == (64, 32) and layer.mlp.up_proj.weight.shape == (128, 32)
+        assert layer.mlp.gate_proj.weight.shape == (64, 32) and layer.mlp.up_proj.weight.shape == (ups, 32)
         for row in layer.mlp.gate_proj.weight:
             assert len(row[row != 0].abs().unique()) == 1
     _assert_metrics_are_those_of_a_forward_pass(folder, output)

@@ -7,7 +7,8 @@ have neurons: important ones get two sides or more, others none. A layer that is
 the swap, and little where it has all sides.
 
 Two sides of a neuron that differ in the sign of up have the same gate. In pairs they share it: the layer keeps so many
-gates, each with both of its sides, and grows by ups and downs alone, of which little is read for a token.
+gates, each with both of its sides, and grows by ups and downs alone, of which little is read for a token. They have the
+same up as well, but for its sign. Mirrored pairs go on sharing it: they grow by downs alone, and no up is read in vain.
 
 Shapes: B windows, T tokens, D hidden, F neurons of one FFN, G gates, S = 4 sides.
 """
@@ -25,6 +26,7 @@ from turbosparse.relufy.quantized import BLOCK
 
 _SIGNS = ((1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0))  # of gate and up; both signs of up side by side
 PAIR = 2  # sides of one gate
+PAIRED = ("pairs", "mirrored")  # choices of sides whose gates have both
 _RARE = 0.05  # of the tokens: firing less often than this hardly counts in favour of a side
 
 
@@ -53,7 +55,10 @@ class _Sides:
         self._tokens += x_ND.shape[0]
 
     def choose(self, sides: str, neurons: int) -> Tensor:
-        """Rewrite the layer's neurons as so many of the best sides; returns how many each dense one got, int64 [F]."""
+        """Rewrite the layer's neurons as so many of the best sides; returns how many each dense one got, int64 [F].
+
+        `sides` as of allot_neurons.
+        """
         hp_SF, pp_SF = self._products
         down_F = self.mlp.down_proj.weight.float().square().sum(0)
         explained_SF = hp_SF.square() / pp_SF.clamp_min(1e-20) * down_F
@@ -61,34 +66,37 @@ class _Sides:
         rarity_SF = self._fires / self._tokens + _RARE
         if sides == "one":
             side_F, dense_F = explained_SF[:2].argmax(0), torch.arange(dense, device=down_F.device)
-        elif sides == "pairs":
+        elif sides in PAIRED:
             sign_G, dense_G = _top(_paired(explained_SF) / _paired(rarity_SF), neurons // PAIR)
             up_F = torch.arange(PAIR, device=down_F.device).repeat(len(dense_G))
             side_F, dense_F = PAIR * sign_G.repeat_interleave(PAIR) + up_F, dense_G.repeat_interleave(PAIR)
         else:
             side_F, dense_F = _top(explained_SF / rarity_SF, neurons)
         factor_F = (hp_SF / pp_SF.clamp_min(1e-20))[side_F, dense_F]
-        self._write(dense_F, torch.tensor(_SIGNS, device=down_F.device)[side_F].T, factor_F, sides == "pairs")
+        self._write(dense_F, torch.tensor(_SIGNS, device=down_F.device)[side_F].T, factor_F, sides)
         return torch.bincount(dense_F, minlength=dense)
 
-    def _write(self, dense_F: Tensor, signs_2F: Tensor, factor_F: Tensor, pairs: bool) -> None:
+    def _write(self, dense_F: Tensor, signs_2F: Tensor, factor_F: Tensor, sides: str) -> None:
         """Write the neurons; a factor's size goes to gate and up alike, so that h keeps the dense one's size.
 
-        Of a pair the gate takes the root of the factors' geometric mean, and each up what is left of its own.
+        Of a pair the gate takes the root of the factors' geometric mean, and each up what is left of its own; if they
+        share the up it takes that root as well, and each down what is left.
         """
-        size_F = factor_F.abs().clamp_min(1e-6)
+        size_F, down_F = factor_F.abs().clamp_min(1e-6), factor_F.sign()
         gate_size_F = size_F.sqrt()
-        if pairs:
+        if sides in PAIRED:
             gate_size_F = size_F.view(-1, PAIR).log().mean(1).mul(0.5).exp().repeat_interleave(PAIR)
-        gate, up, down = self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj
-        step = PAIR if pairs else 1  # neurons of one gate have the same row, sign and size of it
-        for projection, scale_F, rows_F in (
-            (gate, (signs_2F[0] * gate_size_F)[::step], dense_F[::step]),
-            (up, signs_2F[1] * size_F / gate_size_F, dense_F),
+        up_size_F = size_F / gate_size_F
+        if sides == "mirrored":
+            up_size_F, down_F = gate_size_F, down_F * size_F / gate_size_F.square()
+        # Neurons that share a row have the same one, with the same size; of a mirrored up the first has its sign.
+        self.mlp.neurons_per_gate, self.mlp.mirrored_ups = PAIR if sides in PAIRED else 1, sides == "mirrored"
+        for projection, scale_F, step in (
+            (self.mlp.gate_proj, signs_2F[0] * gate_size_F, self.mlp.neurons_per_gate),
+            (self.mlp.up_proj, signs_2F[1] * up_size_F, PAIR if self.mlp.mirrored_ups else 1),
         ):
-            take_rows(projection, rows_F, scale_F)
-        rewrite(down, down.weight[:, dense_F] * factor_F.sign())
-        self.mlp.neurons_per_gate = step
+            take_rows(projection, dense_F[::step], scale_F[::step])
+        rewrite(self.mlp.down_proj, self.mlp.down_proj.weight[:, dense_F] * down_F)
 
 
 def _paired(x_SF: Tensor) -> Tensor:
@@ -132,8 +140,8 @@ def allot_neurons(
         teacher: the dense model it was made from; its activation and hidden states are used.
         batches: int64 [B, T] token ids; some ten thousand tokens are enough.
         dtype: of the residual stream, as in last_hidden.
-        sides: "best" of all; "pairs", the best gates of either sign with both of their sides; or "one" of each neuron,
-            that where its gate is positive and its up either way.
+        sides: "best" of all; "pairs", the best gates of either sign with both of their sides; "mirrored", the same with
+            one up for both; or "one" of each neuron, that where its gate is positive and its up either way.
         width: neurons of the student over those of the teacher, 1..4, other than for "one"; if it is not 1, their
             number is rounded down to whole blocks of 32. Pairs are whole in any case. The student's config follows.
 
@@ -154,7 +162,7 @@ def allot_neurons(
         for hook in hooks:
             hook.remove()
     config = student.config
-    config.neurons_per_gate = PAIR if sides == "pairs" else 1
+    config.neurons_per_gate, config.mirrored_ups = PAIR if sides in PAIRED else 1, sides == "mirrored"
     multiple = config.neurons_per_gate if width == 1 else BLOCK
     neurons = config.intermediate_size = int(width * config.intermediate_size) // multiple * multiple
     return torch.stack([layer.choose(sides, neurons) == 0 for layer in layers]).float().mean().item()

@@ -41,7 +41,7 @@ class _Energy:
     """Tap that adds up the squares of each neuron's h."""
 
     def __init__(self, mlp: Any) -> None:
-        self._sum_F = torch.zeros(mlp.up_proj.out_features, device=mlp.up_proj.weight.device)
+        self._sum_F = torch.zeros(mlp.down_proj.in_features, device=mlp.down_proj.weight.device)
         self._tokens = 0
 
     def __call__(self, gate_BTF: Tensor, up_BTF: Tensor, h_BTF: Tensor) -> None:

@@ -124,7 +124,7 @@ class Predictors:
         blocks = ffns(model)
         if not all(isinstance(mlp, SparseGLU) for mlp in blocks):
             raise UserError("`predictability` is for sparse models; convert the model first, or leave it out")
-        neurons, hidden = blocks[0].up_proj.weight.shape
+        hidden, neurons = blocks[0].down_proj.weight.shape
         self.rank = rank_for(settings.share, hidden, neurons, blocks[0].neurons_per_gate)
         device, layers = blocks[0].up_proj.weight.device, len(blocks)
         self._white = torch.zeros(layers, hidden, hidden, device=device)

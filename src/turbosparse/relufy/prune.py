@@ -62,6 +62,6 @@ def _keep_best(mlp: Any, squares_F: Tensor, keep: int, group: int) -> Tensor:
     gates_K = worth_G.topk(keep).indices.sort().values
     neurons = (gates_K[:, None] * group + torch.arange(group, device=gates_K.device)).flatten()
     take_rows(mlp.gate_proj, gates_K)
-    take_rows(mlp.up_proj, neurons)
+    take_rows(mlp.up_proj, neurons[::2] // 2 if mlp.mirrored_ups else neurons)
     rewrite(mlp.down_proj, mlp.down_proj.weight[:, neurons].contiguous())
     return 1 - worth_G[gates_K].sum() / worth_G.sum().clamp_min(1e-20)

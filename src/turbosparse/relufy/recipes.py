@@ -135,10 +135,10 @@ class Stage(_Strict):
     max_grad_norm: float = Field(default=1.0, gt=0)
     sparsity: Sparsity | None = None
     teacher: str | None = None
-    sides: Literal["best", "pairs", "one"] | None = Field(
+    sides: Literal["best", "pairs", "mirrored", "one"] | None = Field(
         default=None, description="for a fresh dReLU swap: see allot.py"
     )
-    width: float = Field(default=1.0, ge=1, le=4, description="with best or pairs: neurons over the dense model's")
+    width: float = Field(default=1.0, ge=1, le=4, description="other than with one: neurons over the dense model's")
     prune: float | None = Field(
         default=None, gt=0, lt=1, description="of a sparse model: share of its gates that go as it begins, see prune.py"
     )
@@ -156,8 +156,10 @@ class Stage(_Strict):
             raise ValueError("`teacher` belongs to the layerwise objective, which needs it")
         if self.objective != "layerwise" and self.sides:
             raise ValueError("`sides` belongs to the layerwise objective")
-        if self.width != 1 and self.sides not in ("best", "pairs"):
-            raise ValueError("`width` chooses among all sides: add `sides: best` or `sides: pairs`, or leave it out")
+        if self.width != 1 and self.sides in (None, "one"):
+            raise ValueError(
+                "`width` chooses among all sides: add `sides: best`, `pairs` or `mirrored`, or leave it out"
+            )
         if self.prune is not None and self.sides:
             raise ValueError("`prune` drops of what `sides` has just chosen: make `width` smaller instead")
         if self.objective == "layerwise" and self.distillation is not None:

@@ -201,6 +201,10 @@ def _probes(mixture: Mixture, device: torch.device) -> list[Tensor]:
     return [mixture[index]["input_ids"][None].to(device) for index in range(min(_PROBE_WINDOWS, len(mixture)))]
 
 
+def _mirrored(stage: Stage, model: Any) -> bool:
+    return stage.sides == "mirrored" or (stage.sides is None and any(mlp.mirrored_ups for mlp in ffns(model)))
+
+
 def _check_fit(stage: Stage, model: Any) -> None:
     """Refuse what would be ignored, or break the model, with these feed-forward blocks."""
     kinds = {mlp.activation if isinstance(mlp, SparseGLU) else "dense" for mlp in ffns(model)}
@@ -218,6 +222,8 @@ def _check_fit(stage: Stage, model: Any) -> None:
         raise UserError(
             f"stage {stage.name}: `sparsity.idle` is for dReLU models, whose gate can be open for nothing; leave it out"
         )
+    if stage.sparsity is not None and stage.sparsity.idle is not None and _mirrored(stage, model):
+        raise UserError(f"stage {stage.name}: `sparsity.idle`: of mirrored ups one of two is always idle; leave it out")
     if stage.quant is not None and not fits_q4_0(model):
         raise UserError(
             f"stage {stage.name}: `quant: q4_0` needs rows of whole blocks of {BLOCK} weights; leave it out"
