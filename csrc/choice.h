@@ -17,10 +17,10 @@ constexpr bool automatic(Mode mode) { return mode == Mode::automatic || mode == 
 
 class Choice {
  public:
-  // `neurons`: that a token computes in a layer, and how many of them share a gate. `predictor_cost`: of each layer,
-  // over its gate; 0 where it has no predictor. `by_gate`: gates, all of which are read, are what predicts in every
-  // layer.
-  Choice(int64_t neurons, int64_t per_gate, const std::vector<double>& predictor_cost, bool by_gate);
+  // `neurons`: that a token computes in a layer, and how many of them share a gate and an up. `predictor_cost`: of each
+  // layer, over its gate; 0 where it has no predictor. `by_gate`: gates, all of which are read, are what predicts in
+  // every layer.
+  Choice(int64_t neurons, int64_t per_gate, int64_t per_up, const std::vector<double>& predictor_cost, bool by_gate);
 
   Mode of(int64_t layer) const { return chosen_[layer]; }  // exact while it is still counting
   bool counting() const { return tokens_ < kTokens; }
@@ -41,7 +41,7 @@ class Choice {
   Mode cheapest(const Layer& layer) const;
 
   int64_t neurons_, tokens_ = 0;
-  double gate_cost_;  // of a neuron, where its row of up costs 1
+  double gate_cost_, up_cost_;  // of a neuron, where its row of down costs 1
   bool by_gate_, predicts_ = false;
   std::vector<Layer> layers_;
   std::vector<Mode> chosen_;

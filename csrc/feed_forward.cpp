@@ -25,6 +25,14 @@ void repeat(const float* values, int64_t n, int64_t times, float* out) {
   for (int64_t i = 0; i < n; ++i) out = std::fill_n(out, times, values[i]);
 }
 
+// Each of n values, and beside it with the other sign.
+void mirror(const float* values, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    out[2 * i] = values[i];
+    out[2 * i + 1] = -values[i];
+  }
+}
+
 }  // namespace
 
 // Which FFN computes which row, into the scratch of every member, and the inputs of the rows in the order of the slots.
@@ -166,30 +174,37 @@ Forward::Whole Forward::whole_of(const Pass& pass, int64_t index, bool predicts)
 // What is computed for all neurons, whatever their blocks: the longer a run of rows, the faster memory serves it.
 void Forward::whole_products(Member& member, const Ffn& ffn, const Whole& whole, const Routing::Group& group,
                              const Inputs& x, const Inputs& hidden) {
-  const int64_t f = config_.ffn;
-  const auto all_rows = [&](bool wanted, Phase phase, const Matrix& w, const Inputs& input, float* out) {
-    if (!wanted) return;
-    enter(member, phase);
-    multiply(member, w, input, out + group.first * f, f);
-  };
-  all_rows(whole.scores && ffn.fc2.rows > 0, Phase::predictor, ffn.fc2, hidden, scores());
-  if (whole.gates) whole_gates(member, ffn.gate, group, x);
-  all_rows(whole.ups, Phase::up, ffn.up, x, ups());
+  const int64_t per_gate = config_.neurons_per_gate;
+  if (whole.scores && ffn.fc2.rows > 0) {
+    enter(member, Phase::predictor);
+    multiply(member, ffn.fc2, hidden, scores() + group.first * config_.ffn, config_.ffn);
+  }
+  if (whole.gates) {
+    enter(member, Phase::gate);
+    whole_rows(member, ffn.gate, per_gate, group, x, shared_gates(), gates(),
+               [&](const float* values, int64_t n, float* out) { repeat(values, n, per_gate, out); });
+  }
+  if (whole.ups) {
+    enter(member, Phase::up);
+    whole_rows(member, ffn.up, config_.neurons_per_up(), group, x, shared_ups(), ups(), mirror);
+  }
 }
 
-// Every gate; one that neurons share is computed once and goes to all of them, so that the rest need not know.
-void Forward::whole_gates(Member& member, const Matrix& w, const Routing::Group& group, const Inputs& x) {
-  const int64_t f = config_.ffn, times = config_.neurons_per_gate;
-  float* gate = gates() + group.first * f;
-  enter(member, Phase::gate);
+// Products of `w` for every neuron, into `all`. A row that serves `times` neurons is computed once, into `once`, and
+// spread(values, n, out) gives them what each has of it, so that the rest need not know.
+template <class Spread>
+void Forward::whole_rows(Member& member, const Matrix& w, int64_t times, const Routing::Group& group, const Inputs& x,
+                         float* once, float* all, Spread spread) {
+  const int64_t f = config_.ffn;
+  float* out = all + group.first * f;
   if (times == 1) {
-    multiply(member, w, x, gate, f);
+    multiply(member, w, x, out, f);
     return;
   }
-  float* shared = shared_gates() + group.first * w.rows;
+  float* shared = once + group.first * w.rows;
   multiply(member, w, x, shared, w.rows, [&](int64_t first, int64_t last) {
     for (int64_t t = 0; t < group.n; ++t) {
-      repeat(shared + t * w.rows + first, last - first, times, gate + t * f + first * times);
+      spread(shared + t * w.rows + first, last - first, out + t * f + first * times);
     }
   });
 }
@@ -273,11 +288,7 @@ void Forward::fire(Scratch& s, const Pass& pass, const Neurons& at, int64_t row,
     const float* up = row_of(ups(), at, row);
     for (int64_t i = 0; i < open; ++i) s.value[i] = up[s.open[i]];
   } else {
-    list_open(s, at, open);
-    s.clock.enter(Phase::up_open);
-    count_read(s, pass, at.first, open, at.ffn.up, 1);
-    listed_product(s, at.ffn.up, open, x, row);
-    s.clock.enter(Phase::other);
+    listed_ups(s, pass, at, row, x, open);
   }
   // h of the open neurons; those that are not zero move to the front.
   const bool relu_up = config_.activation == Activation::drelu;

@@ -19,7 +19,8 @@ Forward::Forward(std::shared_ptr<Model> model)
   update_.resize(most_slots_ * config_.hidden);
   qkv_.resize(n * (config_.q_size() + 2 * config_.kv_size()));
   attended_.resize(n * config_.q_size());
-  const int64_t shared = config_.neurons_per_gate > 1 ? config_.gate_rows() : 0;
+  const int64_t shared =
+      (config_.neurons_per_gate > 1 ? config_.gate_rows() : 0) + (config_.mirrored_ups ? config_.up_rows() : 0);
   hidden_ = Mapping(most_slots_ * (3 * config_.ffn + shared) * sizeof(float), false);
   if (config_.sparse()) {
     partial_ = Mapping(most_slots_ * model_->neuron_blocks() * config_.hidden * sizeof(float), false);

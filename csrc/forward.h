@@ -188,7 +188,9 @@ class Forward {
   Whole whole_of(const Pass& pass, int64_t index, bool predicts) const;
   void whole_products(Member& member, const Ffn& ffn, const Whole& whole, const Routing::Group& group, const Inputs& x,
                       const Inputs& hidden);
-  void whole_gates(Member& member, const Matrix& w, const Routing::Group& group, const Inputs& x);
+  template <class Spread>
+  void whole_rows(Member& member, const Matrix& w, int64_t times, const Routing::Group& group, const Inputs& x,
+                  float* once, float* all, Spread spread);
   void neuron_block(Scratch& s, const Pass& pass, int64_t index, const Routing::Group& group, int64_t block,
                     const Inputs& x, const Whole& whole);
   static bool sums_together(const Pass& pass, const Matrix& down);
@@ -199,11 +201,11 @@ class Forward {
   // open_neurons.cpp
   int64_t open_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t selected);
   void listed_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t n);
+  void listed_ups(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t n);
   int64_t keep_open(Scratch& s, int64_t n) const;
   int64_t select(Scratch& s, const Pass& pass, const Neurons& at, int64_t row);
-  void list_open(Scratch& s, const Neurons& at, int64_t n);
-  int64_t list_gates(Scratch& s, const Neurons& at, int64_t n);
-  void spread_gates(Scratch& s, const Neurons& at, int64_t n, int64_t gates);
+  int64_t list_rows(Scratch& s, const Neurons& at, int64_t n, int64_t per_row);
+  void spread_rows(Scratch& s, const Neurons& at, int64_t n, int64_t per_row, int64_t rows);
   int64_t list_every(Scratch& s, const Neurons& at, int64_t active);
   void count_read(Scratch& s, const Pass& pass, int64_t first, int64_t n, const Matrix& w, int which);
 
@@ -211,8 +213,9 @@ class Forward {
   float* gates() { return reinterpret_cast<float*>(hidden_.data()); }
   float* ups() { return gates() + most_slots_ * config_.ffn; }
   float* scores() { return ups() + most_slots_ * config_.ffn; }
-  // [slots, gate rows]: each gate once, where several neurons share it.
+  // [slots, gate rows] and [slots, up rows]: each gate and each up once, where several neurons share it.
   float* shared_gates() { return scores() + most_slots_ * config_.ffn; }
+  float* shared_ups() { return shared_gates() + most_slots_ * config_.gate_rows(); }
   float* row_of(float* rows, const Neurons& at, int64_t row) const {
     return rows + (at.slot + row) * config_.ffn + at.first;
   }
@@ -226,7 +229,7 @@ class Forward {
   std::vector<int32_t> cells_;  // 0, 1, 2 ... as many as the longest context that was seen
   const int64_t most_slots_;    // of a layer: rows, each as often as it is computed
   std::vector<float> residual_, update_, qkv_, attended_, predictor_hidden_, router_;
-  Mapping hidden_;   // gates, ups and scores: [3, slots, ffn] floats; and, where neurons share them, gates once more
+  Mapping hidden_;   // gates, ups and scores: [3, slots, ffn] floats; and gates and ups that neurons share once more
   Mapping partial_;  // [slots, neuron blocks, hidden] floats
   std::vector<float> cosine_, sine_, cosine_local_, sine_local_;
   InputRoom shared_[kRooms];

@@ -91,7 +91,7 @@ Matrix* Model::matrix_slot(const std::string& name, int64_t expert, int64_t rows
     entries = {
         {"attn_q.weight", {&l.q, c.q_size(), c.hidden}},          {"attn_k.weight", {&l.k, c.kv_size(), c.hidden}},
         {"attn_v.weight", {&l.v, c.kv_size(), c.hidden}},         {"attn_output.weight", {&l.o, c.hidden, c.q_size()}},
-        {"ffn_gate" + end, {&ffn.gate, c.gate_rows(), c.hidden}}, {"ffn_up" + end, {&ffn.up, c.ffn, c.hidden}}};
+        {"ffn_gate" + end, {&ffn.gate, c.gate_rows(), c.hidden}}, {"ffn_up" + end, {&ffn.up, c.up_rows(), c.hidden}}};
     if (c.experts > 0) entries["ffn_gate_inp.weight"] = {&l.router, c.experts, c.hidden};
     if (c.sparse()) {
       entries["ffn_down_t" + end] = {&ffn.down, c.ffn, c.hidden};

@@ -36,6 +36,7 @@ struct Config {
   Activation activation = Activation::swiglu;
   int64_t experts = 0, experts_used = 0;  // 0: a layer has one FFN, and no router
   int64_t neurons_per_gate = 1;           // neurons next to each other that share a row of the gate
+  bool mirrored_ups = false;              // two of these share a row of the up, the second one with the other sign
   // One entry a layer, or none: the width of its predictor (0: it has none). And the score that selects a neuron, one
   // entry an FFN.
   std::vector<int64_t> predictor_ranks;
@@ -50,6 +51,8 @@ struct Config {
   int64_t ffns() const { return std::max<int64_t>(experts, 1); }            // of a layer
   int64_t ffns_used() const { return std::max<int64_t>(experts_used, 1); }  // by a token
   int64_t gate_rows() const { return ffn / neurons_per_gate; }
+  int64_t neurons_per_up() const { return mirrored_ups ? 2 : 1; }
+  int64_t up_rows() const { return ffn / neurons_per_up(); }
   bool slides(int64_t layer) const {
     return sliding_window > 0 && layer < static_cast<int64_t>(sliding_layers.size()) && sliding_layers[layer];
   }

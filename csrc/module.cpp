@@ -100,6 +100,7 @@ Config config_from(nb::handle source) {
   c.experts = count("experts");
   c.experts_used = count("experts_used");
   c.neurons_per_gate = count("neurons_per_gate");
+  c.mirrored_ups = nb::cast<bool>(source.attr("mirrored_ups"));
   if (const nb::object predictor = source.attr("predictor"); !predictor.is_none()) {
     c.predictor_ranks = nb::cast<std::vector<int64_t>>(predictor.attr("ranks"));
     c.predictor_thresholds = nb::cast<std::vector<float>>(predictor.attr("thresholds"));
@@ -112,6 +113,7 @@ Config config_from(nb::handle source) {
       c.heads % c.kv_heads != 0 || c.head_dim % 2 != 0 || c.rope_scale <= 0 || c.experts < 0 || c.experts_used < 0 ||
       c.experts_used > c.experts || (c.experts > 0) != (c.experts_used > 0) || c.neurons_per_gate < 1 ||
       c.ffn % c.neurons_per_gate != 0 || (c.neurons_per_gate > 1 && (!c.sparse() || c.experts > 0)) ||
+      (c.mirrored_ups && (c.activation != Activation::drelu || c.neurons_per_gate % 2 != 0)) ||
       c.predictor_thresholds.size() != c.predictor_ranks.size() * c.ffns() ||
       (!c.predictor_ranks.empty() && static_cast<int64_t>(c.predictor_ranks.size()) != c.layers) ||
       (!c.activation_thresholds.empty() && static_cast<int64_t>(c.activation_thresholds.size()) != c.layers)) {

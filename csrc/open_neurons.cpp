@@ -27,12 +27,25 @@ int64_t Forward::open_gates(Scratch& s, const Pass& pass, const Neurons& at, int
 
 // The gates of the first n of s.open, into s.value; one that neurons share is computed once.
 void Forward::listed_gates(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t n) {
-  const int64_t gates = list_gates(s, at, n);
+  const int64_t per_gate = config_.neurons_per_gate, gates = list_rows(s, at, n, per_gate);
   s.clock.enter(Phase::gate_selected);
-  count_read(s, pass, at.first / config_.neurons_per_gate, gates, at.ffn.gate, 0);
+  count_read(s, pass, at.first / per_gate, gates, at.ffn.gate, 0);
   listed_product(s, at.ffn.gate, gates, x, row);
   s.clock.enter(Phase::other);
-  if (gates < n) spread_gates(s, at, n, gates);
+  if (gates < n) spread_rows(s, at, n, per_gate, gates);
+}
+
+// The ups of the first n of s.open, into s.value; one that two neurons share is computed once, and negated for the
+// second of them: blocks begin with even neurons.
+void Forward::listed_ups(Scratch& s, const Pass& pass, const Neurons& at, int64_t row, const Inputs& x, int64_t n) {
+  const int64_t per_up = config_.neurons_per_up(), ups = list_rows(s, at, n, per_up);
+  s.clock.enter(Phase::up_open);
+  count_read(s, pass, at.first / per_up, ups, at.ffn.up, 1);
+  listed_product(s, at.ffn.up, ups, x, row);
+  s.clock.enter(Phase::other);
+  if (!config_.mirrored_ups) return;
+  spread_rows(s, at, n, per_up, ups);
+  for (int64_t i = 0; i < n; ++i) s.value[i] = s.open[i] % 2 == 0 ? s.value[i] : -s.value[i];
 }
 
 // Of the n neurons of s.open, whose gates are s.value, those that are open move to the front. Returns how many.
@@ -57,31 +70,26 @@ int64_t Forward::select(Scratch& s, const Pass& pass, const Neurons& at, int64_t
   return kernels_.positive(score, at.n, s.open.data());
 }
 
-// s.listed = the first n of s.open as rows of a matrix.
-void Forward::list_open(Scratch& s, const Neurons& at, int64_t n) {
+// s.listed = the rows of a matrix that serve the first n of s.open, each `per_row` neurons, among whom those of one row
+// are neighbours. Returns how many. A row that serves two blocks is computed, and counted, in both.
+int64_t Forward::list_rows(Scratch& s, const Neurons& at, int64_t n, int64_t per_row) {
   for (int64_t i = 0; i < n; ++i) s.listed[i] = static_cast<int32_t>(at.first) + s.open[i];
-}
-
-// s.listed = the rows of the gate that serve the first n of s.open, among whom those of one row are neighbours. Returns
-// how many. A row that serves two blocks is computed, and counted, in both.
-int64_t Forward::list_gates(Scratch& s, const Neurons& at, int64_t n) {
-  list_open(s, at, n);
-  const auto per_gate = static_cast<int32_t>(config_.neurons_per_gate);
-  if (per_gate == 1) return n;
-  int64_t gates = 0;
+  if (per_row == 1) return n;
+  const auto divisor = static_cast<int32_t>(per_row);
+  int64_t rows = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const int32_t gate = s.listed[i] / per_gate;
-    if (gates == 0 || s.listed[gates - 1] != gate) s.listed[gates++] = gate;
+    const int32_t row = s.listed[i] / divisor;
+    if (rows == 0 || s.listed[rows - 1] != row) s.listed[rows++] = row;
   }
-  return gates;
+  return rows;
 }
 
 // s.value, from those of the rows that s.listed names to those of the first n of s.open; the last ones first, as they
 // move up.
-void Forward::spread_gates(Scratch& s, const Neurons& at, int64_t n, int64_t gates) {
-  const auto per_gate = static_cast<int32_t>(config_.neurons_per_gate);
-  for (int64_t i = n - 1, j = gates - 1; i >= 0; --i) {
-    if ((static_cast<int32_t>(at.first) + s.open[i]) / per_gate != s.listed[j]) --j;
+void Forward::spread_rows(Scratch& s, const Neurons& at, int64_t n, int64_t per_row, int64_t rows) {
+  const auto divisor = static_cast<int32_t>(per_row);
+  for (int64_t i = n - 1, j = rows - 1; i >= 0; --i) {
+    if ((static_cast<int32_t>(at.first) + s.open[i]) / divisor != s.listed[j]) --j;
     s.value[i] = s.value[j];
   }
 }

@@ -26,7 +26,7 @@ class Session {
         context_(context < 1 ? throw std::invalid_argument("the context must hold at least one token") : context),
         cache_(model_->config(), model_->kernels(), cache_type, context, kMostRows),
         choice_(model_->config().ffns_used() * model_->config().ffn, model_->config().neurons_per_gate,
-                model_->predictor_costs(), model_->config().gates_predict()),
+                model_->config().neurons_per_up(), model_->predictor_costs(), model_->config().gates_predict()),
         audit_(model_->config()) {}
 
   int64_t position() const { return position_; }

@@ -24,16 +24,16 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """tiny_folder(family, activation="dense", group=1) -> the Hugging Face folder of a tiny random model.
+    """tiny_folder(family, activation="dense", group=1, mirrored=False) -> the Hugging Face folder of a tiny model.
 
-    `group`: neurons that share a gate, in a sparse one.
+    `group`: neurons that share a gate, in a sparse one; `mirrored`: two of these share an up.
     """
 
     @cache
-    def make(family: str, activation: str = "dense", group: int = 1) -> Path:
+    def make(family: str, activation: str = "dense", group: int = 1, mirrored: bool = False) -> Path:
         from factories import make_folder  # here, so that tests without a model do not wait for torch
 
-        changes = {"neurons_per_gate": group} if group > 1 else {}
+        changes = {"neurons_per_gate": group, "mirrored_ups": mirrored} if group > 1 else {}
         return make_folder(tmp_path_factory.mktemp("tiny") / f"{family}-{activation}", family, activation, **changes)
 
     return make
@@ -41,14 +41,16 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def tiny_gguf(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """tiny_gguf(family, activation="dense", quant="f32", group=1) -> the same model as a GGUF file."""
+    """tiny_gguf(family, activation="dense", quant="f32", group=1, mirrored=False) -> the same model as a GGUF file."""
 
     @cache
-    def make(family: str, activation: str = "dense", quant: str = "f32", group: int = 1) -> Path:
+    def make(
+        family: str, activation: str = "dense", quant: str = "f32", group: int = 1, mirrored: bool = False
+    ) -> Path:
         from turbosparse.model.export import export_gguf
 
         out = tmp_path_factory.mktemp("gguf") / f"{family}-{activation}-{quant}.gguf"
-        export_gguf(tiny_folder(family, activation, group), out, quant)
+        export_gguf(tiny_folder(family, activation, group, mirrored), out, quant)
         return out
 
     return make

@@ -1,7 +1,5 @@
 """Other engines as contestants. transformers is always there for tests; llama.cpp in make test-models."""
 
-from dataclasses import replace
-
 import pytest
 
 from turbosparse.bench.peers import PEERS, Peer
@@ -53,11 +51,11 @@ def test_llama_cpp_is_timed_on_a_synthetic_twin(tmp_path):
         peer.close()
 
 
-@pytest.mark.parametrize("group", [1, 2])
-def test_a_synthetic_model_gets_a_twin_of_its_shape(tmp_path, group):
+@pytest.mark.parametrize(("group", "mirrored"), [(1, False), (2, False), (2, True)])
+def test_a_synthetic_model_gets_a_twin_of_its_shape(tmp_path, group, mirrored):
     path = tmp_path / "model.gguf"
-    config = replace(shape_config("smollm2-135m", "drelu", 1), neurons_per_gate=group)
-    write_synthetic(path, "m", config, rates_for(0.9, 0.25), "q4_0")
+    config = shape_config("smollm2-135m", "drelu", 1, group, mirrored)
+    write_synthetic(path, "m", config, rates_for(0.9, None, mirrored), "q4_0")
     engine = Engine.load(path)
     with dense_twin_of(str(path), engine, None, needed=True) as twin:
         assert twin is not None

@@ -91,9 +91,11 @@ def test_info(sparse):
     assert "turbosparse" in turbo("info", sparse).stdout
 
 
-def test_shared_gates_in_every_command(sparse, tmp_path):
-    folder, path = make_folder(tmp_path / "hf", "llama", "drelu", neurons_per_gate=2), tmp_path / "m.gguf"
-    turbo("export", folder, path)
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_shared_gates_and_ups_in_every_command(sparse, tmp_path, mirrored):
+    path = tmp_path / "m.gguf"
+    turbo("export", make_folder(tmp_path / "hf", "llama", "drelu", neurons_per_gate=2, mirrored_ups=mirrored), path)
+    assert turbo_json("info", path)["mirrored_ups"] == mirrored
     assert turbo_json("info", path)["neurons_per_gate"] == 2 and "neurons per gate" in turbo("info", path).stdout
     assert turbo_json("info", sparse)["neurons_per_gate"] == 1
     arguments = ("run", path, "-p", "the quick", "-n", 8, "--ignore-eos", "--mode")
@@ -166,11 +168,11 @@ def test_a_conversation_that_does_not_fit_is_an_error(sparse):
     assert "does not fit the context of 16" in done.stderr
 
 
-@pytest.mark.parametrize("group", [1, 3])
-def test_analyze_gives_the_same_figures_for_a_folder_and_for_its_file(tiny_folder, tiny_gguf, text, group):
-    file = tiny_gguf("llama", "drelu", "f32", group)
+@pytest.mark.parametrize(("group", "mirrored"), [(1, False), (3, False), (4, True)])
+def test_analyze_gives_the_same_figures_for_a_folder_and_for_its_file(tiny_folder, tiny_gguf, text, group, mirrored):
+    file = tiny_gguf("llama", "drelu", "f32", group, mirrored)
     ours = turbo_json("analyze", file, "--data", text, "--compute", "f32")
-    theirs = turbo_json("analyze", tiny_folder("llama", "drelu", group), "--data", text)
+    theirs = turbo_json("analyze", tiny_folder("llama", "drelu", group, mirrored), "--data", text)
     assert ours["neurons"] == theirs["neurons"] == 96
     assert ours["tokens"] == theirs["tokens"] > 50
     assert ours["sparsity"] == pytest.approx(theirs["sparsity"], abs=1e-4)
@@ -323,6 +325,16 @@ def test_synth_writes_a_model_that_bench_calls_synthetic(tmp_path):
     assert modes["predicted"]["bytes_per_token"] < modes["exact"]["bytes_per_token"]
     assert 0.08 < modes["predicted"]["selected"] < 0.2 and modes["exact"]["selected"] is None
     assert "synthetic" in turbo("bench", out, "--repeats", 1, "-n", 4, "--prompt-tokens", 8).stdout
+
+
+def test_synth_mirrors_ups(tmp_path):
+    out = tmp_path / "small.gguf"
+    shape = ("--shape", "smollm2-135m", "--layers", 2, "--neurons-per-gate", 2, "--mirrored-ups")
+    record = turbo_json("synth", out, *shape, "--gate-rate", 0.3)
+    measured = record["measured"]
+    assert record["mirrored_ups"] and turbo_json("info", out)["mirrored_ups"]
+    assert (measured["gate_rate"], measured["sparsity"]) == pytest.approx((0.3, 0.85), abs=0.03)
+    assert "give one of the two" in turbo("synth", out, *shape, "--gate-rate", 0.3, "--sparsity", 0.9, code=2).stderr
 
 
 def test_predicted_mode_in_every_command(tmp_path, text):

@@ -1,86 +1,32 @@
 """Neurons that share gates: to the bit what a model computes in which every neuron has a copy of its gate."""
 
 import dataclasses
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from agreement import TOKENS, check_same_bits, equal_bits, logits_error
-from factories import add_predictor, make_folder, make_ternary_folder, random_predictor
-from folders import copy_folder, edit_config, edit_weights
-from gguf import GGMLQuantizationType as Type
+from shared_rows import BLOCK, FFN, HIDDEN, LAYERS, ROW, make_pair, traffic_of
 from transformers import AutoModelForCausalLM
 
 import turbosparse  # noqa: F401  registers the sparse model types
 from turbosparse import _native
 from turbosparse.engine import LOSSLESS, Engine, SamplingParams, draw_tokens
-from turbosparse.model.export import export_gguf
-from turbosparse.model.gguf import GGUFFile
-from turbosparse.predict.write import StoredPredictor, write_predictors
 
-LAYERS, HIDDEN, FFN = 2, 64, 96  # of the tiny Llama, whose blocks have 32 neurons: no multiple of 3
-BLOCK = 32
-ROW = {"f32": HIDDEN * 4, "q8_0": HIDDEN // 32 * 34, "q4_0": HIDDEN // 32 * 18}
-KINDS = {"f32": Type.F32, "q8_0": Type.Q8_0, "q4_0": Type.Q4_0}
 by_group = pytest.mark.parametrize("group", [2, 3])
 by_quant = pytest.mark.parametrize("quant", ["q4_0", "q8_0", "f32"])
 by_isa = pytest.mark.parametrize("isa", _native.isas())
 by_predictor = pytest.mark.parametrize("predictor", ["low rank", "gate"])
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A file whose gates are shared, and one whose neurons have a copy each."""
-
-    folder: Path
-    shared: Path
-    repeated: Path
-
-    def engines(self, **options) -> tuple[Engine, Engine]:
-        shared, repeated = (Engine.load(path, **options) for path in (self.shared, self.repeated))
-        return shared, repeated
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """pair(group, quant, activation, predictor, ternary) -> files of a tiny Llama."""
 
-    def make(group, quant="q8_0", activation="drelu", predictor=None, ternary=False, rank=32):
-        folder = tmp_path_factory.mktemp("shared")
-        if ternary:
-            make_ternary_folder(folder / "shared", neurons_per_gate=group)
-        else:
-            make_folder(folder / "shared", "llama", activation, neurons_per_gate=group)
-        repeat_gates(copy_folder(folder / "shared", folder / "repeated"), group)
-        paths = []
-        for name in ("shared", "repeated"):
-            path = folder / f"{name}.gguf"
-            export_gguf(folder / name, path, quant)
-            paths.append(with_predictor(path, predictor, quant, rank) if predictor else path)
-        return Pair(folder / "shared", *paths)
+    def make(group, *options, **named):
+        return make_pair(tmp_path_factory.mktemp("shared"), *options, **named, neurons_per_gate=group)
 
     return make
-
-
-def repeat_gates(folder: Path, group: int) -> None:
-    def repeat(weights: dict[str, np.ndarray]) -> None:
-        for name in weights:
-            if ".gate_proj." in name:
-                weights[name] = weights[name].repeat(group, axis=0)
-
-    edit_weights(folder, repeat)
-    edit_config(folder, neurons_per_gate=1)
-
-
-def with_predictor(path: Path, kind: str, quant: str, rank: int) -> Path:
-    out = path.with_stem(f"{path.stem}-predicting")
-    if kind == "low rank":
-        return add_predictor(path, out, random_predictor(LAYERS, HIDDEN, FFN, rank, True), KINDS[quant])
-    with GGUFFile.open(path) as file:
-        write_predictors(file, out, [StoredPredictor.of_gate(0.2, 0.99)] * LAYERS)
-    return out
 
 
 @by_group
@@ -137,15 +83,6 @@ def test_ternary_gates_are_shared_too(pair, group, quant, isa):
     read = [traffic_of(engine, "exact") for engine in (shared, plain)]
     dense = [traffic_of(engine, "dense").bytes for engine in (shared, plain)]
     assert dense[0] < dense[1] and read[0].bytes < dense[0]  # the gates are stored in fewer bits
-
-
-def traffic_of(engine, mode, tokens=TOKENS[:4]):
-    session = engine.session()
-    session.prefill(TOKENS[4:9], "exact")
-    engine.traffic(reset=True)
-    for token in tokens:
-        session.decode(token, mode)
-    return engine.traffic(reset=True)
 
 
 @by_group

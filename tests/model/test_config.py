@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 from factories import ACTIVATIONS, FAMILY_NAMES, MIXTURES, make_folder
+from folders import copy_folder, edit_config
 from gguf_files import edit_gguf
 
 from turbosparse.engine import Engine
 from turbosparse.errors import UserError
+from turbosparse.model import config_gguf
 from turbosparse.model.config import ModelConfig
 from turbosparse.model.export import export_gguf
 from turbosparse.model.families import BY_ARCHITECTURE, FAMILIES, MIXTURES_BY_ARCHITECTURE
@@ -227,6 +229,79 @@ def test_a_folder_whose_gates_cannot_be_shared_so_is_one_sentence(tiny_folder, g
     assert message.startswith("some/config.json") and message.endswith(".") and "\n" not in message
 
 
+@pytest.mark.parametrize("changes", [{}, {"activation_threshold": [0.1, 0.2]}], ids=str)
+@pytest.mark.parametrize("group", [2, 4])
+def test_mirrored_ups_are_a_key_and_a_version_that_only_their_files_have(tmp_path, monkeypatch, group, changes):
+    folder = make_folder(tmp_path / "hf", "llama", "drelu", neurons_per_gate=group, mirrored_ups=True, **changes)
+    export_gguf(folder, tmp_path / "a.gguf", "q8_0")
+    config = _from_file(tmp_path / "a.gguf")
+    assert config == _from_folder(folder) and config.mirrored_ups and (config.ffn_size, config.up_rows) == (96, 48)
+    with GGUFFile.open(tmp_path / "a.gguf") as file:
+        assert file.metadata["turbosparse.format_version"] == 5
+        assert file.metadata["turbosparse.mirrored_ups"] is True
+        shapes = [file.tensors[f"blk.1.ffn_{part}.weight"].shape for part in ("gate", "up", "down_t")]
+    assert shapes == [(96 // group, 64), (48, 64), (96, 64)]
+    monkeypatch.setattr(config_gguf, "FORMAT_VERSION", 4)  # as it was before there were such files
+    with pytest.raises(UserError, match="its format version is 5 but this release reads 1 to 4"):
+        Engine.load(tmp_path / "a.gguf")
+
+
+def test_ups_that_are_not_mirrored_leave_the_key_out(tmp_path):
+    folder = make_folder(tmp_path / "hf", "llama", "drelu", neurons_per_gate=2, mirrored_ups=False)
+    export_gguf(folder, tmp_path / "a.gguf", "q8_0")
+    assert not _from_file(tmp_path / "a.gguf").mirrored_ups
+    with GGUFFile.open(tmp_path / "a.gguf") as file:
+        assert file.metadata["turbosparse.format_version"] == 4 and "turbosparse.mirrored_ups" not in file.metadata
+
+
+MIRRORED = [
+    ({"mirrored_ups": "yes", "neurons_per_gate": 2}, "mirrored_ups is 'yes', not true or false"),
+    ({"mirrored_ups": 1, "neurons_per_gate": 2}, "mirrored_ups is 1, not true or false"),
+    ({"mirrored_ups": True}, "mirrored ups need neurons that share gates in pairs, not 1 to a gate"),
+    ({"mirrored_ups": True, "neurons_per_gate": 3}, "in pairs, not 3 to a gate"),
+    ({"mirrored_ups": True, "neurons_per_gate": 2, "activation": "reglu"}, "need the activation drelu, not reglu"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        *MIRRORED,
+        (
+            {"mirrored_ups": True, "neurons_per_gate": 2, "format_version": 5},
+            r"ffn_up.weight' has the shape \(96, 64\), but its metadata say \(48, 64\)",
+        ),
+    ],
+    ids=str,
+)
+def test_a_file_whose_ups_cannot_be_mirrored_is_one_sentence(tiny_gguf, tmp_path, changes, problem):
+    keys = {f"turbosparse.{key}": value for key, value in changes.items()}
+    source = tiny_gguf("llama", "drelu", "f32", 2 if changes.get("neurons_per_gate") == 2 else 1)
+    path = edit_gguf(source, tmp_path / "a.gguf", keys)
+    with pytest.raises(UserError, match=problem) as caught:
+        Engine.load(path)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and message.endswith(".") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"), [*MIRRORED, ({"mirrored_ups": [True]}, r"is \[True\], not true")], ids=str
+)
+def test_a_folder_whose_ups_cannot_be_mirrored_is_one_sentence(tiny_folder, changes, problem):
+    values = json.loads((tiny_folder("llama", "drelu") / "config.json").read_text())
+    with pytest.raises(UserError, match=problem) as caught:
+        ModelConfig.from_hf(values | changes, "some/config.json")
+    message = str(caught.value)
+    assert message.startswith("some/config.json") and message.endswith(".") and "\n" not in message
+
+
+def test_a_folder_whose_ups_are_not_as_its_config_says_is_one_sentence(tiny_folder, tmp_path):
+    folder = copy_folder(tiny_folder("llama", "drelu", 2), tmp_path / "hf")
+    edit_config(folder, mirrored_ups=True)
+    with pytest.raises(UserError, match=r"up_proj.weight' has the shape \(96, 64\), but config.json says \(48, 64\)"):
+        export_gguf(folder, tmp_path / "a.gguf", "q8_0")
+
+
 def test_experts_do_not_share_gates(tiny_folder, tiny_gguf, tmp_path):
     values = json.loads((tiny_folder("mixtral", "drelu") / "config.json").read_text())
     with pytest.raises(UserError, match="experts whose neurons share gates"):
@@ -238,4 +313,5 @@ def test_experts_do_not_share_gates(tiny_folder, tiny_gguf, tmp_path):
 
 def test_a_dense_model_shares_no_gates(tiny_folder):
     values = json.loads((tiny_folder("llama") / "config.json").read_text())
-    assert ModelConfig.from_hf(values | {"neurons_per_gate": 2}).neurons_per_gate == 1
+    config = ModelConfig.from_hf(values | {"neurons_per_gate": 2, "mirrored_ups": True})
+    assert config.neurons_per_gate == 1 and not config.mirrored_ups

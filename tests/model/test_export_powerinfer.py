@@ -7,6 +7,8 @@ import pytest
 from agreement import TOKENS, equal_bits
 from factories import TinyPredictor, add_predictor, make_folder, random_predictor
 from gguf import GGMLQuantizationType as Type
+from gguf import GGUFWriter, quants
+from gguf_files import copy_metadata
 
 from turbosparse.engine import Engine
 from turbosparse.errors import UserError
@@ -14,6 +16,7 @@ from turbosparse.model.config import ModelConfig
 from turbosparse.model.export import export_gguf
 from turbosparse.model.export_powerinfer import export_powerinfer
 from turbosparse.model.gguf import GGUFFile
+from turbosparse.model.gguf_copy import Copy, copy_tensor, write_copies
 from turbosparse.model.import_powerinfer import import_model
 from turbosparse.model.quantize import dequantize
 
@@ -104,6 +107,46 @@ def test_gates_that_neurons_share_are_written_for_each(wide, tmp_path, quant):
         expected = first.session().logits(TOKENS, "exact")
         for mode in second.modes:
             assert equal_bits(second.session().logits(TOKENS, mode), expected), mode
+
+
+@pytest.mark.parametrize("quant", ["f32", "f16", "q8_0", "q4_0"])
+def test_mirrored_ups_are_written_for_each_neuron_with_its_sign(wide, tmp_path, quant):
+    folder, source = wide("drelu", quant, neurons_per_gate=2, mirrored_ups=True)
+    export_powerinfer(source, tmp_path / "a.gguf", quant)
+    with GGUFFile.open(source) as ours, GGUFFile.open(tmp_path / "a.gguf") as theirs:
+        up, written = (file.tensors["blk.1.ffn_up.weight"] for file in (ours, theirs))
+        assert (up.shape, written.shape) == ((FFN // 2, 64), (FFN, 64)) and up.type == written.type
+        assert np.array_equal(written.data.reshape(FFN, -1)[::2], up.data.reshape(FFN // 2, -1))
+        values = _read(theirs, "blk.1.ffn_up.weight")
+        assert np.array_equal(values[1::2], -values[::2]) and values.any()
+        assert theirs.tensors["blk.1.ffn_gate.weight"].shape == (FFN, 64)
+        assert not any("mirrored_ups" in key for key in theirs.metadata)
+        assert not ModelConfig.from_gguf(theirs).mirrored_ups
+    export_powerinfer(folder, tmp_path / "b.gguf", quant)
+    assert (tmp_path / "b.gguf").stat().st_size == (tmp_path / "a.gguf").stat().st_size
+    if quant == "f16":  # whose down projection stays as it is
+        first, second = (Engine.load(path, threads=2) for path in (source, tmp_path / "a.gguf"))
+        expected = first.session().logits(TOKENS, "exact")
+        for mode in second.modes:
+            assert equal_bits(second.session().logits(TOKENS, mode), expected), mode
+
+
+def test_mirrored_ups_of_a_type_whose_sign_is_in_more_than_a_scale_are_written_as_floats(wide, tmp_path):
+    _, source = wide("drelu", "f16", neurons_per_gate=2, mirrored_ups=True)
+    name, writer = "blk.1.ffn_up.weight", GGUFWriter(tmp_path / "q5.gguf", "turbosparse")
+    with GGUFFile.open(source) as file:
+        copy_metadata(file, writer)
+        ups = quants.quantize(_read(file, name), Type.Q5_1)
+        copies = [copy_tensor(tensor) for tensor in file.tensors.values()]
+    copies = [Copy(name, copy.shape, Type.Q5_1, lambda: iter([ups])) if copy.name == name else copy for copy in copies]
+    write_copies(writer, copies, None)
+    writer.close()
+    export_powerinfer(tmp_path / "q5.gguf", tmp_path / "a.gguf", "f16")
+    with GGUFFile.open(tmp_path / "a.gguf") as file:
+        assert file.tensors[name].type == Type.F16
+        values, stored = _read(file, name), quants.dequantize(ups, Type.Q5_1)
+    assert np.array_equal(values[1::2], -values[::2])
+    np.testing.assert_allclose(values[::2], stored, rtol=1e-3, atol=1e-6)
 
 
 def _selected(path, tokens):

@@ -271,7 +271,7 @@ def test_a_truncated_model_is_refused_wherever_it_ends(tiny_gguf, path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"keys": {"turbosparse.format_version": 5}}, "format version is 5"),
+        ({"keys": {"turbosparse.format_version": 6}}, "format version is 6"),
         ({"keys": {"turbosparse.gate_threshold": -0.5}}, "gate_threshold"),
         ({"keys": {"turbosparse.gate_threshold": float("inf")}}, "gate_threshold"),
         ({"keys": {"turbosparse.activation_threshold": [0.5]}}, "activation_threshold is not a list of"),

@@ -10,7 +10,16 @@ from hypothesis.extra import numpy as hnp
 from turbosparse.errors import UserError
 from turbosparse.model import quantize as module
 from turbosparse.model.gguf import GGUFTensor, nbytes_of
-from turbosparse.model.quantize import WRITABLE, dequantize, dequantize_rows, quantize, row_chunks, writable_type
+from turbosparse.model.quantize import (
+    NEGATABLE,
+    WRITABLE,
+    dequantize,
+    dequantize_rows,
+    negate,
+    quantize,
+    row_chunks,
+    writable_type,
+)
 
 Type = GGMLQuantizationType
 # Types that the dense files use, which are decoded once at load.
@@ -31,6 +40,14 @@ def test_an_encoded_array_is_what_the_gguf_package_decodes(kind):
     encoded = quantize(array, kind)
     assert encoded.dtype == np.uint8 and encoded.size == nbytes_of(kind, array.shape)
     np.testing.assert_array_equal(quants.dequantize(encoded, kind), _round_trip(array, kind))
+
+
+@pytest.mark.parametrize("kind", sorted(NEGATABLE))
+def test_the_other_sign_is_exact(kind):
+    encoded = quantize(_normal((5, 96)), kind)
+    before = encoded.copy()
+    values, negated = (dequantize(rows.reshape(-1), kind, (5, 96)) for rows in (encoded, negate(encoded, kind)))
+    assert np.array_equal(negated, -values) and values.any() and np.array_equal(encoded, before)
 
 
 @pytest.mark.parametrize(("kind", "bound"), [(Type.F32, 0), (Type.F16, 3e-4), (Type.BF16, 2e-3), (Type.Q8_0, 6e-3)])

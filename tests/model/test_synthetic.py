@@ -107,6 +107,33 @@ def test_neurons_that_share_gates_are_as_sparse_as_asked(tmp_path, group, predic
         assert share == pytest.approx(0.06, rel=0.15)  # ranks are multiples of 32
 
 
+@pytest.mark.parametrize("prediction", [None, Prediction(1.2, 0.06)])
+@pytest.mark.parametrize(("group", "quant"), [(2, "q4_0"), (4, "q8_0"), (2, "f16")])
+def test_of_neurons_with_mirrored_ups_a_half_of_the_open_ones_fires(tmp_path, group, quant, prediction):
+    out = tmp_path / "model.gguf"
+    config = shape_config("smollm2-135m", "drelu", 3, group, mirrored_ups=True)
+    write_synthetic(out, "m", config, rates_for(None, 0.24, mirrored_ups=True), quant, prediction=prediction)
+    measured = measure_rates(out)
+    assert (measured.gate, measured.up, measured.h) == pytest.approx((0.24, 0.5, 0.12), abs=0.03)
+    assert measured.h == pytest.approx(measured.gate / 2, rel=1e-3)
+    engine = Engine.load(out)
+    assert engine.config.mirrored_ups and engine.config.neurons_per_gate == group
+    engine.count_activations(True)
+    engine.session(128).logits(list(range(300, 400)), "exact")
+    counts = engine.counters()
+    assert counts.h.sum() / counts.h.size / 100 == pytest.approx(measured.h, abs=0.02)
+    assert counts.up[:, ::2].mean() / 100 == pytest.approx(0.5, abs=0.02)  # of random ups, either sign is as likely
+    if prediction is not None:
+        assert measured.selected == pytest.approx(1.2, rel=0.07) and measured.recall > 0.93
+        assert counts.selected.sum() / counts.h.sum() == pytest.approx(measured.selected, rel=0.07)
+        assert counts.hit.sum() / counts.h.sum() == pytest.approx(measured.recall, abs=0.05)
+        with GGUFFile.open(out) as file:
+            sizes = {name: tensor.data.size for name, tensor in file.tensors.items()}
+        ffns = sum(size for name, size in sizes.items() if ".ffn_" in name and "norm" not in name)
+        share = sum(size for name, size in sizes.items() if ".fc" in name) / ffns
+        assert share == pytest.approx(0.06, rel=0.25)  # ranks are multiples of 32
+
+
 def mixture(activation: str = "drelu", **changes) -> ModelConfig:
     """The shape of a Mixtral, small."""
     config = shape_config("mixtral-47b", activation, layers=2)
@@ -250,7 +277,31 @@ def test_rates_that_contradict_each_other(sparsity, gate_rate):
 
 
 def test_rates_follow_from_sparsity_and_gate():
-    assert rates_for(0.9, 0.25) == Rates(0.25, pytest.approx(0.4), pytest.approx(0.1))
+    assert rates_for(0.9, 0.25) == Rates(0.25, pytest.approx(0.4), pytest.approx(0.1)) == rates_for(None, None)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "gate_rate", "expected"),
+    [(None, None, (0.2, 0.1)), (0.95, None, (0.1, 0.05)), (None, 0.3, (0.3, 0.15)), (0.875, 0.25, (0.25, 0.125))],
+)
+def test_rates_of_mirrored_ups_follow_from_either(sparsity, gate_rate, expected):
+    rates = rates_for(sparsity, gate_rate, mirrored_ups=True)
+    assert (rates.gate, rates.h) == pytest.approx(expected) and rates.up == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("sparsity", "gate_rate"), [(0.9, 0.25), (0.4, None), (None, 1.1), (1.0, None)])
+def test_rates_that_mirrored_ups_cannot_have(sparsity, gate_rate):
+    with pytest.raises(UserError, match="--gate-rate"):
+        rates_for(sparsity, gate_rate, mirrored_ups=True)
+
+
+@pytest.mark.parametrize(
+    ("activation", "group", "problem"),
+    [("swiglu", 1, "--mirrored-ups: neurons of a dense model"), ("drelu", 1, "in pairs"), ("drelu", 3, "in pairs")],
+)
+def test_ups_that_cannot_be_mirrored(activation, group, problem):
+    with pytest.raises(UserError, match=problem):
+        shape_config("smollm2-135m", activation, neurons_per_gate=group, mirrored_ups=True)
 
 
 @pytest.mark.parametrize(

@@ -327,16 +327,17 @@ def test_mixtures_of_experts_are_not_converted(tiny_folder, tiny_gguf, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(("group", "mirrored"), [(1, False), (3, False), (4, True)])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_a_sparse_file_becomes_the_folder_that_it_was_made_from(family, group, tmp_path):
-    changes = {"activation_threshold": [0.25, 0.5], "neurons_per_gate": group}
+def test_a_sparse_file_becomes_the_folder_that_it_was_made_from(family, group, mirrored, tmp_path):
+    changes = {"activation_threshold": [0.25, 0.5], "neurons_per_gate": group, "mirrored_ups": mirrored}
     source = make_folder(tmp_path / "source", family, "drelu", **changes)
     export_gguf(source, tmp_path / "model.gguf", "f32")
     record = convert(tmp_path / "model.gguf", tmp_path / "out", "keep")
     assert (record["architecture"], record["activation"]) == (f"turbosparse_{family}", "drelu")
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "out"))
     assert after.config.activation_threshold == [0.25, 0.5] and after.config.neurons_per_gate == group
+    assert after.config.mirrored_ups == mirrored
     assert (after.config.bos_token_id, after.config.eos_token_id) == (
         before.config.bos_token_id,
         before.config.eos_token_id,

@@ -77,13 +77,18 @@ class _LayerCounter:
     def __init__(self, mlp: Any) -> None:
         import torch
 
-        neurons, device = mlp.up_proj.out_features, mlp.up_proj.weight.device
+        neurons, device = mlp.down_proj.in_features, mlp.up_proj.weight.device
         group = neurons // mlp.gate_proj.out_features  # neurons of one gate, which stand next to each other
+        mirrored = mlp.up_proj.out_features < neurons  # a row serves two neurons, the second one with the other sign
         self.gate, self.up, self.h = (torch.zeros(neurons, dtype=torch.int64, device=device) for _ in range(3))
         mlp.gate_proj.register_forward_hook(
             lambda _module, _inputs, output: self._add(self.gate, (output > 0).repeat_interleave(group, -1))
         )
-        mlp.up_proj.register_forward_hook(lambda _module, _inputs, output: self._add(self.up, output > 0))
+        mlp.up_proj.register_forward_hook(
+            lambda _module, _inputs, output: self._add(
+                self.up, torch.stack([output > 0, output < 0], -1).flatten(-2) if mirrored else output > 0
+            )
+        )
         mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: self._add(self.h, inputs[0] != 0))
 
     @staticmethod

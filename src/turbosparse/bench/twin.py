@@ -43,7 +43,9 @@ def dense_twin_of(model: str, engine: Engine, given: str | None, needed: bool) -
     else:
         with GGUFFile.open(resolve_gguf(model)) as file:
             quant = _QUANTS[file.tensors["blk.0.attn_output.weight"].type]
-        config = dataclasses.replace(engine.config, activation="swiglu", predictor=None, neurons_per_gate=1)
+        config = dataclasses.replace(
+            engine.config, activation="swiglu", predictor=None, neurons_per_gate=1, mirrored_ups=False
+        )
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "dense-twin.gguf"
             write_synthetic(path, "dense twin", config, Rates(0.5, 0.5, 0.25), quant)

@@ -78,6 +78,7 @@ def describe(path: str) -> dict[str, Any]:
             "hidden_size": config.hidden_size,
             "ffn_size": config.ffn_size,
             "neurons_per_gate": config.neurons_per_gate,
+            "mirrored_ups": config.mirrored_ups,
             "heads": config.n_heads,
             "kv_heads": config.n_kv_heads,
             "vocab_size": config.vocab_size,

@@ -23,8 +23,13 @@ class SyntheticActivation(StrEnum):
 def command(
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
     shape: Annotated[str, typer.Option("--shape", help="Such as mistral-7b, llama-3-8b, smollm2-135m.")],
-    sparsity: Annotated[float, typer.Option("--sparsity", help="Share of zeros in h.")] = 0.9,
-    gate_rate: Annotated[float, typer.Option("--gate-rate", help="Share of positive gates.")] = 0.25,
+    sparsity: Annotated[
+        float | None, typer.Option("--sparsity", help="Share of zeros in h. Default: 0.9, or as --mirrored-ups says.")
+    ] = None,
+    gate_rate: Annotated[
+        float | None,
+        typer.Option("--gate-rate", help="Share of positive gates. Default: 0.25, or as --mirrored-ups says."),
+    ] = None,
     selected: Annotated[
         float, typer.Option("--selected", help="Neurons that the predictors select, over those that fire.")
     ] = 1.2,
@@ -35,6 +40,13 @@ def command(
         bool, typer.Option("--ternary-gates", help="Gates of three values a row; with --predictor-share 0.")
     ] = False,
     neurons_per_gate: Annotated[int, typer.Option("--neurons-per-gate", help="Neurons that share a gate.")] = 1,
+    mirrored_ups: Annotated[
+        bool,
+        typer.Option(
+            "--mirrored-ups",
+            help="Two of these share an up, with opposite signs: of those with an open gate, half fire.",
+        ),
+    ] = False,
     activation: Annotated[
         SyntheticActivation, typer.Option("--activation", help="swiglu: the dense twin, in llama.cpp's layout.")
     ] = SyntheticActivation.drelu,
@@ -48,8 +60,8 @@ def command(
     from turbosparse.model.synthetic import measure_rates, rates_for, write_synthetic
     from turbosparse.model.synthetic_predictor import Prediction
 
-    config = shape_config(shape, activation.value, layers, neurons_per_gate)
-    rates = rates_for(sparsity, gate_rate)
+    config = shape_config(shape, activation.value, layers, neurons_per_gate, mirrored_ups)
+    rates = rates_for(sparsity, gate_rate, mirrored_ups)
     prediction = Prediction(selected, predictor_share) if config.sparse and predictor_share != 0 else None
     with output.progress(f"writing {out.name}") as report:
         file_bytes = write_synthetic(
@@ -65,6 +77,7 @@ def command(
         "quant": quant.value,
         "ternary_gates": ternary_gates,
         "neurons_per_gate": neurons_per_gate,
+        "mirrored_ups": mirrored_ups,
         "file_bytes": file_bytes,
         "measured": {
             "gate_rate": measured.gate,

@@ -29,12 +29,12 @@ class Predictor:
     recall: tuple[float, ...] | None = None
 
 
-def rank_at(share: float, hidden: int, neurons: int, per_gate: int) -> float:
+def rank_at(share: float, hidden: int, neurons: int, per_gate: int, per_up: int = 1) -> float:
     """The rank of a predictor that has `share` of the weights of its dense FFN, not yet a whole number.
 
-    The FFN has an up and a down for each of its neurons, and a gate for every `per_gate` of them.
+    The FFN has a down for each of its neurons, a gate for every `per_gate` and an up for every `per_up` of them.
     """
-    rows = (2 + 1 / per_gate) * neurons
+    rows = (1 + 1 / per_up + 1 / per_gate) * neurons
     return share * rows * hidden / (hidden + neurons)
 
 
@@ -70,6 +70,8 @@ class ModelConfig:
         gate_threshold: relu(gate) is zero below it too (FATReLU); 0.0: below zero alone.
         neurons_per_gate: neurons next to each other that share a gate; divides ffn_size. More than 1 only in a sparse
             model without experts.
+        mirrored_ups: neurons 2 j and 2 j + 1, which have one gate, share row j of the up, which the second one has with
+            the other sign. Only in a dReLU model whose neurons_per_gate is even.
     """
 
     family: str
@@ -104,6 +106,7 @@ class ModelConfig:
     activation_thresholds: tuple[float, ...] | None = None
     gate_threshold: float = 0.0
     neurons_per_gate: int = 1
+    mirrored_ups: bool = False
 
     @property
     def sparse(self) -> bool:
@@ -114,6 +117,16 @@ class ModelConfig:
     def gate_rows(self) -> int:
         """Rows of the gate of an FFN."""
         return self.ffn_size // self.neurons_per_gate
+
+    @property
+    def neurons_per_up(self) -> int:
+        """Neurons next to each other that share a row of the up."""
+        return 2 if self.mirrored_ups else 1
+
+    @property
+    def up_rows(self) -> int:
+        """Rows of the up of an FFN."""
+        return self.ffn_size // self.neurons_per_up
 
     @property
     def ffns(self) -> int:

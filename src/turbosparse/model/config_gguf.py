@@ -21,6 +21,7 @@ from turbosparse.model.config_values import (
     default_head_dim,
     embedding_scale,
     experts,
+    mirrored_ups,
     neurons_per_gate,
     numbers,
     periodic_windows,
@@ -32,7 +33,8 @@ from turbosparse.model.fields import Fields
 from turbosparse.model.gguf import POWERINFER_MAGIC, GGUFFile
 from turbosparse.model.rope import FACTOR_BOUNDS, THETA_BOUNDS
 
-FORMAT_VERSION = 4  # the newest that is read; 2 has activation thresholds, 3 a gate threshold, 4 shared gates
+# The newest that is read; 2 has activation thresholds, 3 a gate threshold, 4 shared gates, 5 mirrored ups.
+FORMAT_VERSION = 5
 PREDICTOR_INPUTS = ("normed", "residual", "gate")
 SYNTHETIC_KEY = "turbosparse.synthetic"  # also in the files of dense models
 
@@ -91,6 +93,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         activation_thresholds=activation_thresholds(fields, n_layers) if ours else None,
         gate_threshold=fields.number("gate_threshold", THRESHOLD, 0.0) if ours else 0.0,
         neurons_per_gate=neurons_per_gate(fields) if ours else 1,
+        mirrored_ups=ours and mirrored_ups(fields),
     )
     return checked(config, fields)
 

@@ -24,6 +24,7 @@ from turbosparse.model.config_values import (
     default_head_dim,
     embedding_scale,
     experts,
+    mirrored_ups,
     neurons_per_gate,
     periodic_windows,
     softcap,
@@ -56,6 +57,7 @@ def config_from_hf(values: Mapping[str, object], source: str) -> ModelConfig:
     rope = rope_from_hf({**family.hf_defaults, **text}, source, family.rope_theta_local)
     sliding_window, sliding_layers = _windows(fields, family, n_layers)
     activation, gate_threshold = _activation(fields, str(outer_type))
+    ours = str(outer_type).startswith(HF_PREFIX)
     names = family.experts
     n_experts, used = (0, 0) if names is None else experts(fields, _expert_count(fields), "num_experts_per_tok")
     config = ModelConfig(
@@ -87,9 +89,10 @@ def config_from_hf(values: Mapping[str, object], source: str) -> ModelConfig:
         post_norms=family.post_norms,
         experts=n_experts,
         experts_used=used,
-        activation_thresholds=_thresholds(fields, str(outer_type), n_layers),
+        activation_thresholds=activation_thresholds(fields, n_layers) if ours else None,
         gate_threshold=gate_threshold,
-        neurons_per_gate=neurons_per_gate(fields) if str(outer_type).startswith(HF_PREFIX) else 1,
+        neurons_per_gate=neurons_per_gate(fields) if ours else 1,
+        mirrored_ups=ours and mirrored_ups(fields),
     )
     return checked(config, fields)
 
@@ -138,10 +141,6 @@ def _activation(fields: Fields, model_type: str) -> tuple[str, float]:
     if name not in _ACTIVATIONS:
         fields.fail(f"the activation {name[:60]!r} is not supported; {', '.join(_ACTIVATIONS)} are")
     return _ACTIVATIONS[name], 0.0
-
-
-def _thresholds(fields: Fields, model_type: str, n_layers: int) -> tuple[float, ...] | None:
-    return activation_thresholds(fields, n_layers) if model_type.startswith(HF_PREFIX) else None
 
 
 def _attention_scale(fields: Fields, head_dim: int) -> float:

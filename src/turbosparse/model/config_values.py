@@ -79,6 +79,11 @@ def neurons_per_gate(fields: Fields) -> int:
     return fields.integer("neurons_per_gate", GATE_GROUP, 1)
 
 
+def mirrored_ups(fields: Fields) -> bool:
+    """False unless it is stated."""
+    return fields.flag("mirrored_ups", False)
+
+
 def periodic_windows(n_layers: int, period: int) -> tuple[bool, ...]:
     """Every `period`-th layer attends to everything, the others slide."""
     return tuple((layer + 1) % period != 0 for layer in range(n_layers))
@@ -100,4 +105,10 @@ def checked(config: ModelConfig, fields: Fields) -> ModelConfig:
         fields.fail(f"{config.ffn_size} neurons cannot share gates evenly, {config.neurons_per_gate} to a gate")
     if config.neurons_per_gate > 1 and config.experts > 0:
         fields.fail("experts whose neurons share gates are not supported")
+    if config.mirrored_ups and config.activation != "drelu":
+        fields.fail(
+            f"mirrored ups need the activation drelu, not {config.activation}, whose neurons fire for either sign"
+        )
+    if config.mirrored_ups and config.neurons_per_gate % 2:
+        fields.fail(f"mirrored ups need neurons that share gates in pairs, not {config.neurons_per_gate} to a gate")
     return config

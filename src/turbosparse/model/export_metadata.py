@@ -88,7 +88,7 @@ def write_hyperparameters(writer: GGUFWriter, config: ModelConfig, quant: str | 
         writer.add_string(f"{architecture}.activation", config.activation)
         thresholds, gate = config.activation_thresholds, config.gate_threshold
         # The oldest version that says it all, so that older releases read what they can.
-        needs = {4: config.neurons_per_gate > 1, 3: gate > 0, 2: thresholds is not None}
+        needs = {5: config.mirrored_ups, 4: config.neurons_per_gate > 1, 3: gate > 0, 2: thresholds is not None}
         writer.add_uint32(f"{architecture}.format_version", max((v for v, there in needs.items() if there), default=1))
         if thresholds is not None:
             _write_floats(writer, f"{architecture}.activation_threshold", thresholds)
@@ -96,6 +96,8 @@ def write_hyperparameters(writer: GGUFWriter, config: ModelConfig, quant: str | 
             writer.add_float32(f"{architecture}.gate_threshold", gate)
         if config.neurons_per_gate > 1:
             writer.add_uint32(f"{architecture}.neurons_per_gate", config.neurons_per_gate)
+        if config.mirrored_ups:
+            writer.add_bool(f"{architecture}.mirrored_ups", True)
     writer.add_block_count(config.n_layers)
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.hidden_size)

@@ -1,8 +1,8 @@
 """Write a sparse model as a file that PowerInfer's own program runs.
 
 Its program computes what the architecture says and knows no options, so what it cannot be told stops the export. Its
-kernel for the down projection reads Q4_0 and takes everything else for F16. Every neuron has a gate of its own there:
-one that several share is written once for each. See powerinfer.py for the source.
+kernel for the down projection reads Q4_0 and takes everything else for F16. Every neuron has a gate and an up of its
+own there: what several share is written once for each, with its sign. See powerinfer.py for the source.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from turbosparse.model.config_values import runtime_attention_scale
 from turbosparse.model.export import ExportReport, Progress, export_gguf, refuse_own_file, replacing
 from turbosparse.model.families import FAMILIES
 from turbosparse.model.gguf import MAGIC, POWERINFER_MAGIC, GGUFFile
-from turbosparse.model.gguf_copy import Copy, copy_key, copy_tensor, repeat_rows, write_copies
+from turbosparse.model.gguf_copy import Copy, copy_key, copy_tensor, mirror_rows, repeat_rows, write_copies
 from turbosparse.model.layout import EMBEDDING, OUTPUT, ROPE_FACTORS
 from turbosparse.model.powerinfer import THRESHOLD_KEY
 from turbosparse.model.powerinfer_predictor import common_threshold, predictor_copies
+from turbosparse.model.quantize import NEGATABLE
 
 Type = GGMLQuantizationType
 
@@ -114,9 +115,13 @@ def _tensors(file: GGUFFile, config: ModelConfig, threshold: float) -> list[Copy
     for name, tensor in file.tensors.items():
         if name.endswith((".fc1.weight", ".fc2.weight")):
             continue
+        mirrored = config.mirrored_ups and name.endswith(".ffn_up.weight")
         readable = frozenset({Type.Q4_0, Type.F16}) if name.endswith(".ffn_down_t.weight") else _READ
+        readable &= NEGATABLE if mirrored else readable
         copy = copy_tensor(tensor, tensor.type if tensor.type in readable else Type.F16)
-        tensors.append(repeat_rows(copy, config.neurons_per_gate) if name.endswith(".ffn_gate.weight") else copy)
+        if name.endswith(".ffn_gate.weight"):
+            copy = repeat_rows(copy, config.neurons_per_gate)
+        tensors.append(mirror_rows(copy) if mirrored else copy)
     if config.tied_embeddings:
         tensors.append(copy_tensor(file.tensors[EMBEDDING], name=OUTPUT))
     return tensors + predictor_copies(file, config, threshold)

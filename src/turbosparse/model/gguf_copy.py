@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from turbosparse.model.export import Progress, TensorStream
 from turbosparse.model.gguf import GGUFFile, GGUFTensor, nbytes_of, row_bytes
-from turbosparse.model.quantize import dequantize_rows, quantize, row_chunks
+from turbosparse.model.quantize import dequantize_rows, negate, quantize, row_chunks
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -53,6 +53,19 @@ def repeat_rows(copy: Copy, times: int) -> Copy:
             yield part.reshape(-1, stride).repeat(times, axis=0)
 
     return Copy(copy.name, (times * rows, columns), copy.kind, parts)
+
+
+def mirror_rows(copy: Copy) -> Copy:
+    """A matrix of a `NEGATABLE` type with each of its rows twice, side by side, the second one with the other sign."""
+    rows, columns = copy.shape
+    stride = row_bytes(copy.kind, columns)
+
+    def parts() -> Iterator[npt.NDArray[np.uint8]]:
+        for part in copy.parts():
+            first = part.reshape(-1, stride)
+            yield np.stack([first, negate(first, copy.kind)], axis=1)
+
+    return Copy(copy.name, (2 * rows, columns), copy.kind, parts)
 
 
 def _parts(tensor: GGUFTensor, kind: GGMLQuantizationType) -> Iterator[npt.NDArray[np.uint8]]:

@@ -93,7 +93,7 @@ def _ffn_rows(config: ModelConfig, layer: int) -> list[tuple[str, str, tuple[int
         block, matrices = f"{names.block}.experts.*", [names.gate, names.up, names.down]
     parts = [
         ("ffn_gate", matrices[0], (config.gate_rows, hidden), "matrix"),
-        ("ffn_up", matrices[1], (ffn, hidden), "matrix"),
+        ("ffn_up", matrices[1], (config.up_rows, hidden), "matrix"),
         (down, matrices[2], shape, "down"),
     ]
     if config.predictor is not None and (rank := config.predictor.ranks[layer]) > 0:

@@ -17,6 +17,9 @@ from turbosparse.model.gguf import GGUFTensor, row_bytes
 
 Type = GGMLQuantizationType
 WRITABLE = frozenset({Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0})
+# Of the types whose rows can be negated: the bytes of an entry, or of a block with a scale, and which has the sign.
+_SIGNS = {Type.F32: (4, 3), Type.F16: (2, 1), Type.Q8_0: (34, 1), Type.Q4_0: (18, 1)}
+NEGATABLE = frozenset(_SIGNS)
 
 # Elements converted at once. Small enough that the temporaries of the decoder stay in the last-level cache.
 CHUNK_ELEMENTS = 1 << 18
@@ -83,6 +86,14 @@ def quantize(array: npt.NDArray[np.floating], kind: Type) -> npt.NDArray[np.uint
             raise ValueError("it holds infinities or NaNs")
         out[start:stop] = _encode(chunk, kind)
     return out.reshape(*array.shape[:-1], stride)
+
+
+def negate(rows: npt.NDArray[np.uint8], kind: Type) -> npt.NDArray[np.uint8]:
+    """Encoded rows, uint8 [..., bytes of a row], with the other sign, which costs no precision; `kind`: `NEGATABLE`."""
+    size, sign = _SIGNS[kind]
+    out = rows.copy()
+    out.reshape(-1, size)[:, sign] ^= 0x80
+    return out
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:

@@ -33,7 +33,9 @@ _SHAPES: dict[str, tuple[Any, ...]] = {
 SHAPES = tuple(_SHAPES)
 
 
-def shape_config(shape: str, activation: str, layers: int | None = None, neurons_per_gate: int = 1) -> ModelConfig:
+def shape_config(
+    shape: str, activation: str, layers: int | None = None, neurons_per_gate: int = 1, mirrored_ups: bool = False
+) -> ModelConfig:
     """The config of a model of a well-known shape.
 
     Args:
@@ -41,9 +43,10 @@ def shape_config(shape: str, activation: str, layers: int | None = None, neurons
         activation: "drelu", or "swiglu" for its dense twin.
         layers: how many instead of the model's own.
         neurons_per_gate: of a dReLU model without experts; divides its neurons.
+        mirrored_ups: of such a model, whose neurons_per_gate is even.
 
     Raises:
-        UserError: the shape is not known, or its neurons cannot share gates so.
+        UserError: the shape is not known, or its neurons cannot share gates or ups so.
     """
     if shape not in _SHAPES:
         raise UserError(f"--shape {shape[:40]}: choose one of {', '.join(SHAPES)}.")
@@ -53,11 +56,14 @@ def shape_config(shape: str, activation: str, layers: int | None = None, neurons
         values["num_hidden_layers"] = layers
     if neurons_per_gate != 1 and activation != "drelu":
         raise UserError("--neurons-per-gate: neurons of a dense model do not share gates; leave it out.")
+    if mirrored_ups and activation != "drelu":
+        raise UserError("--mirrored-ups: neurons of a dense model do not share ups; leave it out.")
     if activation == "drelu":
         values |= {
             "model_type": f"turbosparse_{values['model_type']}",
             "activation": "drelu",
             "hidden_act": "drelu",
             "neurons_per_gate": neurons_per_gate,
+            "mirrored_ups": mirrored_ups,
         }
     return ModelConfig.from_hf(values, f"the shape {shape}")

@@ -46,6 +46,7 @@ _CONSTANT = 1.5  # of the constant channels, in standard deviations of the other
 _SMALL = 0.01  # root mean square of what a layer adds to the stream
 _DECISIVE = 32.0  # of what the last layer adds: more than the token's own row of a tied output projection weighs
 _CHUNK = 1 << 20  # weights in memory at a time
+_SPARSITY, _GATE_RATE = 0.9, 0.25  # unless others are asked for
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,25 @@ class Rates:
     recall: float | None = None
 
 
-def rates_for(sparsity: float, gate_rate: float) -> Rates:
-    """The rates of a model with this sparsity of h whose gate is positive at `gate_rate`.
+def rates_for(sparsity: float | None, gate_rate: float | None, mirrored_ups: bool = False) -> Rates:
+    """The rates of a model with this sparsity of h whose gate is positive at `gate_rate`; None: 0.9 and 0.25.
+
+    Of mirrored ups a half is positive, so there each of the two follows from the other.
 
     Raises:
         UserError: no such model exists: h is zero wherever the gate is.
     """
+    if not mirrored_ups:
+        sparsity = _SPARSITY if sparsity is None else sparsity
+        gate_rate = _GATE_RATE if gate_rate is None else gate_rate
+    elif sparsity is None:
+        sparsity = _SPARSITY if gate_rate is None else 1.0 - gate_rate / 2
+    gate_rate = 2 * (1.0 - sparsity) if gate_rate is None else gate_rate
+    if mirrored_ups and not math.isclose(gate_rate, 2 * (1.0 - sparsity), abs_tol=1e-6):
+        raise UserError(
+            f"--mirrored-ups with --sparsity {sparsity:g} and --gate-rate {gate_rate:g}: of the neurons whose gate is "
+            "positive a half fires; give one of the two."
+        )
     active = 1.0 - sparsity
     if not 0.0 < active <= gate_rate <= 1.0:
         raise UserError(
@@ -143,13 +157,18 @@ def measure_rates(path: str | os.PathLike[str], tokens: int = 256, neurons: int 
                 part: str, inputs: npt.NDArray[np.float32], layer: int = layer, expert: int = expert
             ) -> npt.NDArray[np.float32]:
                 tensor = file.tensors[f"blk.{layer}.{part}{ending}"]
-                rows = {"fc1": tensor.shape[-2], "ffn_gate": neurons // group}.get(part, neurons)
+                few = {
+                    "fc1": tensor.shape[-2],
+                    "ffn_gate": neurons // group,
+                    "ffn_up": neurons // config.neurons_per_up,
+                }
+                rows = few.get(part, neurons)
                 start = expert * tensor.shape[-2]
                 outputs: npt.NDArray[np.float32] = inputs @ dequantize_rows(tensor, start, start + rows).T
                 return outputs
 
-            gate, up = (product(part, x) > 0 for part in ("ffn_gate", "ffn_up"))
-            gate = gate.repeat(group, axis=1)
+            gate, ups = (product("ffn_gate", x) > 0).repeat(group, axis=1), product("ffn_up", x)
+            up = np.stack([ups > 0, ups < 0], axis=2).reshape(gate.shape) if config.mirrored_ups else ups > 0
             fires, selected = gate & up, np.ones_like(gate)
             if config.predictor is not None:
                 thresholds = np.reshape(config.predictor.thresholds, (config.n_layers, config.ffns))
@@ -229,6 +248,7 @@ class _Model:
                     _statistics(up, self.config, self._rates),
                     self.config.ffn_size,
                     self.config.neurons_per_gate,
+                    self.config.mirrored_ups,
                 )
                 for expert in range(self.config.ffns)
             ]

@@ -5,6 +5,8 @@ and a little noise of its own, so it fires about where both of its directions ar
 all directions with their sign turned, and row i of `fc2` takes relu(-gate j) + relu(-up k) off the score: 0 where both
 are positive, less the further they are from it. A threshold below zero selects those that fire, but for the noise, and
 some more. The matrices are as much work to read and multiply as trained ones; that `fc2` is mostly zeros saves nothing.
+
+Of mirrored ups both signs are needed, so `fc1` holds these directions as they are, too.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from gguf import GGMLQuantizationType as Type
 
 from turbosparse.errors import UserError
 from turbosparse.model.config import ModelConfig, rank_at
-from turbosparse.model.quantize import dequantize
+from turbosparse.model.quantize import dequantize, negate
 from turbosparse.model.synthetic_rows import Rows, few_levels, random_rows
 
 _RANKS = 32  # the width of a predictor is a multiple of this, so that rows of fc2 are whole blocks
@@ -49,7 +51,8 @@ class Prediction:
 
 def predictor_ranks(config: ModelConfig, share: float) -> tuple[int, ...]:
     """Widths of the layers' predictors: multiples of 32 whose sum comes nearest to `share` of the FFN's bytes."""
-    exact = rank_at(share, config.hidden_size, config.ffn_size, config.neurons_per_gate) / _RANKS
+    per_gate, per_up = config.neurons_per_gate, config.neurons_per_up
+    exact = rank_at(share, config.hidden_size, config.ffn_size, per_gate, per_up) / _RANKS
     ends = [round(exact * layer) for layer in range(config.n_layers + 1)]
     return tuple(_RANKS * max(1, end - start) for start, end in pairwise(ends))
 
@@ -59,11 +62,12 @@ class Directions:
 
     Args:
         seed: of the layer.
-        rank: how many directions.
+        rank: how many directions; those of mirrored ups count twice.
         kind: type of the matrices.
         gate, up: statistics of the rows, with a width of `columns`.
         neurons: of the layer.
         per_gate: neurons next to each other that share a gate.
+        mirrored_ups: two of them share an up, with opposite signs.
     """
 
     def __init__(
@@ -76,16 +80,19 @@ class Directions:
         up: Rows,
         neurons: int,
         per_gate: int = 1,
+        mirrored_ups: bool = False,
     ) -> None:
         self._rng = np.random.Generator(np.random.SFC64(seed))
-        self._kind, self._columns, self._half = kind, columns, rank // 2
+        self._kind, self._columns, self._mirrored = kind, columns, mirrored_ups
         self._rows = {"gate": gate, "up": up}
+        self._neurons_per_row = {"gate": per_gate, "up": 2 if mirrored_ups else 1}
+        self._count = {"gate": rank // 2, "up": rank // 2 // self._neurons_per_row["up"]}
         self._stored = {
-            name: random_rows(self._rng, (self._half, columns), kind, rows) for name, rows in self._rows.items()
+            name: random_rows(self._rng, (self._count[name], columns), kind, rows) for name, rows in self._rows.items()
         }
-        self._neurons_per_row = {"gate": per_gate, "up": 1}
         self._chosen = {
-            name: self._rng.integers(self._half, size=neurons // group) for name, group in self._neurons_per_row.items()
+            name: self._rng.integers(self._count[name], size=neurons // group)
+            for name, group in self._neurons_per_row.items()
         }
 
     def matrix(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
@@ -98,28 +105,28 @@ class Directions:
         return np.where(mask, own, rows)
 
     def fc1(self) -> npt.NDArray[np.uint8]:
-        """All directions with their sign turned, which is that of their scales."""
-        rows = np.concatenate(list(self._stored.values()))
-        sign = {Type.Q4_0: (18, 1), Type.Q8_0: (34, 1), Type.F16: (2, 1), Type.F32: (4, 3)}[self._kind]
-        rows.reshape(len(rows), -1, sign[0])[:, :, sign[1]] ^= 0x80
-        return rows
+        """All directions with their sign turned; behind them mirrored ups as they are."""
+        turned = [negate(rows, self._kind) for rows in self._stored.values()]
+        return np.concatenate([*turned, self._stored["up"]] if self._mirrored else turned)
 
     def fc2(self, start: int, stop: int, kind: Type) -> npt.NDArray[np.uint8]:
         """Rows of some neurons: -1 where its two directions are."""
-        rows = np.zeros((stop - start, 2 * self._half), np.int8)
+        rows = np.zeros((stop - start, 2 * self._count["gate"]), np.int8)
         every = np.arange(stop - start)
         rows[every, self._of_neurons("gate", start, stop)] = -1
-        rows[every, self._half + self._of_neurons("up", start, stop)] = -1
+        other_sign = self._count["up"] * (self._signs(start, stop) < 0)
+        rows[every, self._count["gate"] + other_sign + self._of_neurons("up", start, stop)] = -1
         return few_levels(rows, 1.0, kind)
 
     def threshold(self, x: npt.NDArray[np.float32], selected: float) -> float:
         """The score that selects `selected` times as many neurons as fire; x are inputs, float32 [tokens, columns]."""
         gate, up = (
-            x @ dequantize(stored.reshape(-1), self._kind, (self._half, self._columns)).T
-            for stored in self._stored.values()
+            x @ dequantize(stored.reshape(-1), self._kind, (self._count[name], self._columns)).T
+            for name, stored in self._stored.items()
         )
-        probed = min(_PROBED, len(self._chosen["up"]))
-        gate, up = gate[:, self._of_neurons("gate", 0, probed)], up[:, self._of_neurons("up", 0, probed)]
+        probed = min(_PROBED, len(self._chosen["up"]) * self._neurons_per_row["up"])
+        gate = gate[:, self._of_neurons("gate", 0, probed)]
+        up = up[:, self._of_neurons("up", 0, probed)] * self._signs(0, probed)
         score = np.minimum(gate, 0.0) + np.minimum(up, 0.0)
         wanted = min(1.0, selected * float(((gate > 0) & (up > 0)).mean()))
         return float(np.float32(np.quantile(score, 1.0 - wanted)))
@@ -127,6 +134,11 @@ class Directions:
     def _of_neurons(self, name: str, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Which direction each of some neurons has."""
         return self._chosen[name][np.arange(start, stop) // self._neurons_per_row[name]]
+
+    def _signs(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """1, or -1 for those of some neurons that have their up's direction with the other sign."""
+        odd = np.arange(start, stop) % self._neurons_per_row["up"] > 0
+        return np.where(odd, -1, 1).astype(np.float32)
 
 
 def probes(rng: np.random.Generator, columns: int, kind: Type, rows: Rows) -> npt.NDArray[np.float32]:

@@ -91,7 +91,10 @@ class Decoder:
         stream = stream + attended
         x = self._norm(stream, "ffn_norm")
         gate = (x @ w["ffn_gate"].T).repeat_interleave(c.neurons_per_gate, -1)
-        h = ACTIVATIONS[c.activation](torch.where(gate < c.gate_threshold, 0.0, gate), x @ w["ffn_up"].T)
+        up = x @ w["ffn_up"].T
+        if c.mirrored_ups:
+            up = torch.stack([up, -up], -1).flatten(-2)
+        h = ACTIVATIONS[c.activation](torch.where(gate < c.gate_threshold, 0.0, gate), up)
         if c.activation_thresholds is not None:
             h = torch.where(h.abs() < c.activation_thresholds[self._layer], 0.0, h)
         if change is not None:

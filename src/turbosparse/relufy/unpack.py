@@ -80,6 +80,7 @@ def _values(file: GGUFFile, config: ModelConfig) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_size,
         "neurons_per_gate": config.neurons_per_gate,
+        "mirrored_ups": config.mirrored_ups,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads,
