@@ -69,10 +69,13 @@ def make_pair(
     return Pair(folder / "shared", path, write_out(path, folder / "repeated.gguf"))
 
 
-def write_out(source: Path, out: Path) -> Path:
-    """Write a file again, with a gate and an up of its own for every neuron. Where a row has blocks, the other sign is
-    that of their scales: not every kernel gives the exact opposite for opposite levels."""
-    shared = {"turbosparse.neurons_per_gate", "turbosparse.mirrored_ups"}
+def write_out(source: Path, out: Path, gates: bool = True) -> Path:
+    """Write a file again, with an up of its own for every neuron, and a gate of its own unless `gates` is False.
+
+    Where a row has blocks, the other sign is that of their scales: not every kernel gives the exact opposite for
+    opposite levels.
+    """
+    shared = {"turbosparse.mirrored_ups"} | ({"turbosparse.neurons_per_gate"} if gates else set())
     writer = GGUFWriter(out, "turbosparse")
     with GGUFFile.open(source) as file:
         config = ModelConfig.from_gguf(file)
@@ -80,7 +83,7 @@ def write_out(source: Path, out: Path) -> Path:
             copy_key(file, key, writer)
         copies = [copy_tensor(tensor) for tensor in file.tensors.values()]
         for index, copy in enumerate(copies):
-            if copy.name.endswith(".ffn_gate.weight"):
+            if gates and copy.name.endswith(".ffn_gate.weight"):
                 copies[index] = repeat_rows(copy, config.neurons_per_gate)
             if copy.name.endswith(".ffn_up.weight") and config.mirrored_ups:
                 copies[index] = mirror_rows(copy)

@@ -168,11 +168,11 @@ def test_a_conversation_that_does_not_fit_is_an_error(sparse):
     assert "does not fit the context of 16" in done.stderr
 
 
-@pytest.mark.parametrize(("group", "mirrored"), [(1, False), (3, False), (4, True)])
-def test_analyze_gives_the_same_figures_for_a_folder_and_for_its_file(tiny_folder, tiny_gguf, text, group, mirrored):
-    file = tiny_gguf("llama", "drelu", "f32", group, mirrored)
+@pytest.mark.parametrize("group", [1, 3])
+def test_analyze_gives_the_same_figures_for_a_folder_and_for_its_file(tiny_folder, tiny_gguf, text, group):
+    file = tiny_gguf("llama", "drelu", "f32", group)
     ours = turbo_json("analyze", file, "--data", text, "--compute", "f32")
-    theirs = turbo_json("analyze", tiny_folder("llama", "drelu", group, mirrored), "--data", text)
+    theirs = turbo_json("analyze", tiny_folder("llama", "drelu", group), "--data", text)
     assert ours["neurons"] == theirs["neurons"] == 96
     assert ours["tokens"] == theirs["tokens"] > 50
     assert ours["sparsity"] == pytest.approx(theirs["sparsity"], abs=1e-4)

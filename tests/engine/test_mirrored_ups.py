@@ -9,7 +9,7 @@ import torch
 from agreement import TOKENS, check_same_bits, equal_bits, logits_error
 from factories import add_predictor, make_folder, random_predictor
 from folders import edit_weights
-from shared_rows import BLOCK, FFN, HIDDEN, KINDS, LAYERS, ROW, Pair, make_pair, traffic_of
+from shared_rows import BLOCK, FFN, HIDDEN, KINDS, LAYERS, ROW, Pair, make_pair, traffic_of, write_out
 from transformers import AutoModelForCausalLM
 
 import turbosparse  # noqa: F401  registers the sparse model types
@@ -222,13 +222,12 @@ def _choices(path: Path) -> tuple[str, ...]:
 
 
 def test_a_predictor_has_less_to_save_where_ups_are_mirrored(pair, tmp_path):
-    """It selects two fifths of the neurons, and of those with an open gate exact mode reads the ups for half."""
-    made = pair(2, "f32")
+    """It selects a third of the neurons. Half of the gates are open, of which exact mode reads half as many ups."""
+    mirrored = pair(2, "f32").shared
     predictor = random_predictor(LAYERS, HIDDEN, FFN, 8, True)
     predictor.layers[:] = [(fc1, fc2, 0.25) for fc1, fc2, _ in predictor.layers]
-    paths = [
-        add_predictor(path, tmp_path / path.name, predictor, KINDS["f32"]) for path in (made.shared, made.repeated)
-    ]
+    both = mirrored, write_out(mirrored, tmp_path / "plain.gguf", gates=False)
+    paths = [add_predictor(path, tmp_path / f"{path.stem}-p.gguf", predictor, KINDS["f32"]) for path in both]
     assert [_choices(path) for path in paths] == [("exact",) * LAYERS, ("predicted",) * LAYERS]
 
 

@@ -22,7 +22,7 @@ def text(tmp_path):
     rng = np.random.default_rng(0)
     words = ["fox", "dog", "the", "quick", "path", "return", "12345"]
     path = tmp_path / "text.jsonl"
-    path.write_text("\n".join(json.dumps({"text": " ".join(rng.choice(words, 200))}) for _ in range(60)))
+    path.write_text("\n".join(json.dumps({"text": " ".join(rng.choice(words, 60))}) for _ in range(60)))
     return path
 
 
