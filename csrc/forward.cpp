@@ -91,19 +91,29 @@ void Forward::decode(Session* const* sessions, const int32_t* tokens, int64_t n,
     Row rows[kMostRows];
     for (int64_t t = 0; t < size; ++t) {
       rows[t] = {sessions[done + t], sessions[done + t]->position_, tokens[done + t]};
-      if (automatic(mode)) rows[t].session->choice_.begin_token(mode == Mode::automatic_predicted);
     }
-    const std::vector<int64_t> audited = audit(rows, size, mode);
-    run(Pass{rows, size, mode, size, logits + done * config_.vocab, true});
-    for (size_t i = 0; i < audited.size(); ++i) {
-      const Row& row = rows[audited[i]];
-      row.session->audit_.close(row.position, &audited_[i * config_.vocab],
-                                logits + (done + audited[i]) * config_.vocab, config_.vocab);
-    }
-    for (int64_t t = 0; t < size; ++t) {
-      rows[t].session->advance(tokens + done + t, 1);
-      if (automatic(mode)) rows[t].session->choice_.finish_token();
-    }
+    step(rows, size, mode, logits + done * config_.vocab, nullptr);
+  }
+}
+
+// Run a token of each of several sessions. logits: [n, vocab]; with `draw` the logits of the only row are needed for
+// nothing else.
+void Forward::step(const Row* rows, int64_t n, Mode mode, float* logits, Draw* draw) {
+  for (int64_t t = 0; t < n && automatic(mode); ++t) {
+    rows[t].session->choice_.begin_token(mode == Mode::automatic_predicted);
+  }
+  const std::vector<int64_t> audited = audit(rows, n, mode);
+  Pass pass{rows, n, mode, n, logits, true};
+  if (audited.empty()) pass.draw = draw;
+  run(pass);
+  for (size_t i = 0; i < audited.size(); ++i) {
+    const Row& row = rows[audited[i]];
+    row.session->audit_.close(row.position, &audited_[i * config_.vocab], logits + audited[i] * config_.vocab,
+                              config_.vocab);
+  }
+  for (int64_t t = 0; t < n; ++t) {
+    rows[t].session->advance(&rows[t].token, 1);
+    if (automatic(mode)) rows[t].session->choice_.finish_token();
   }
 }
 
@@ -188,7 +198,11 @@ void Forward::layers(Member& member, const Pass& pass) {
       dense_ffn(member, pass, index);
     }
   }
-  if (pass.n_logits > 0) head(member, pass);
+  if (pass.draw) {
+    draw_head(member, pass);
+  } else if (pass.n_logits > 0) {
+    head(member, pass);
+  }
 }
 
 void Forward::embed(Member& member, const Pass& pass) {
@@ -215,18 +229,18 @@ void Forward::embed(Member& member, const Pass& pass) {
 }
 
 void Forward::head(Member& member, const Pass& pass) {
-  const int64_t skipped = pass.n - pass.n_logits, vocab = config_.vocab;
-  const Matrix& w = model_->head();
-  const Inputs x = prepare(member, pass.n_logits, w, residual_.data() + skipped * config_.hidden, config_.hidden,
-                           model_->output_norm());
+  const int64_t skipped = pass.n - pass.n_logits;
+  const Inputs x = prepare(member, pass.n_logits, model_->head(), residual_.data() + skipped * config_.hidden,
+                           config_.hidden, model_->output_norm());
   enter(member, Phase::head);
-  const float cap = config_.logit_softcap;
-  multiply(member, w, x, pass.logits, vocab, [&](int64_t first, int64_t last) {
-    for (int64_t t = 0; cap > 0 && t < pass.n_logits; ++t) {
-      for (int64_t r = first; r < last; ++r) {
-        float& logit = pass.logits[t * vocab + r];
-        logit = cap * std::tanh(logit / cap);
-      }
+  all_logits(member, x, pass.logits);
+}
+
+void Forward::all_logits(Member& member, const Inputs& x, float* logits) {
+  const int64_t vocab = config_.vocab;
+  multiply(member, model_->head(), x, logits, vocab, [&](int64_t first, int64_t last) {
+    for (int64_t t = 0; config_.logit_softcap > 0 && t < x.values.count; ++t) {
+      for (int64_t r = first; r < last; ++r) logits[t * vocab + r] = capped(logits[t * vocab + r]);
     }
   });
 }

@@ -6,8 +6,10 @@
 // neurons has an order of its own that does not depend on what is computed beside it.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "memory.h"
@@ -15,7 +17,9 @@
 #include "phases.h"
 #include "pieces.h"
 #include "routing.h"
+#include "sampler.h"
 #include "session.h"
+#include "sketch.h"
 
 namespace turbosparse {
 
@@ -34,6 +38,10 @@ class Forward {
   // them need is read once. Of a `draft`, whose tokens will be run again, only the bytes are counted. logits: [n,
   // vocab]. Throws as read().
   void extend(Session& session, const int32_t* tokens, int64_t n, Mode mode, bool draft, float* logits);
+
+  // Run one token as decode() and draw the next one: what sample() draws from decode()'s logits, bit for bit, but most
+  // of these are only known to be too small. Throws as read().
+  int32_t draw(Session& session, int32_t token, Mode mode, const SamplingParams& params);
 
   int64_t vocab() const { return config_.vocab; }
 
@@ -80,12 +88,31 @@ class Forward {
     std::vector<Row> slots;     // the rows in the order of its slots
     Traffic traffic;
     PhaseClock clock;
-    uint32_t work = 0;  // number of the one at hand
+    uint32_t work = 0;    // number of the one at hand
+    int32_t leader = -1;  // the row that it would draw of its own, by the sketch; -1: none
+    std::pair<int64_t, int64_t>
+        contenders;  // where those that may be drawn begin in contenders_, and how many they are
 
     void count_read(int64_t bytes) {
       traffic.bytes += bytes;
       clock.read(bytes);
     }
+  };
+  // A token to draw from the sketch of the head.
+  struct Draw {
+    const Sketch& sketch;
+    const SamplingParams& params;
+    uint64_t position;
+    std::vector<int32_t> penalised;  // ascending
+    bool whole = true;               // every logit was computed after all
+    bool flat = false;               // because too many might be drawn
+  };
+  // What the logit of a row has to reach.
+  struct Line {
+    float length;      // of the vector that it is multiplied with
+    float divisor;     // the temperature, or 1
+    float least;       // of the logit over it
+    const Race* race;  // which the leaders have entered; null where the least decides
   };
   // The arguments of one pass, shared by the members.
   struct Pass {
@@ -98,6 +125,7 @@ class Forward {
     bool draft = false;          // its tokens will be run again
     Mode audited = Mode::exact;  // how the only row will be run again
     Audit* audit = nullptr;      // that this pass is for
+    Draw* draw = nullptr;        // instead of the logits of the only row
   };
   // What of an FFN is computed for all neurons and rows of a group; the rest, each row for those neurons that need it.
   struct Whole {
@@ -118,11 +146,28 @@ class Forward {
   bool scores_wanted(const Pass& pass, int64_t index) const;
   bool opens(float gate) const { return gate > 0 && gate >= config_.gate_threshold; }
   void run(const Pass& pass);
+  void step(const Row* rows, int64_t n, Mode mode, float* logits, Draw* draw);
   std::vector<int64_t> audit(const Row* rows, int64_t n, Mode mode);
   void enter(const Member& member, Phase phase) { scratch_[member.rank()].clock.enter(phase); }
   void layers(Member& member, const Pass& pass);
   void embed(Member& member, const Pass& pass);
   void head(Member& member, const Pass& pass);
+  void all_logits(Member& member, const Inputs& x, float* logits);
+  float capped(float logit) const {
+    const float cap = config_.logit_softcap;
+    return cap > 0 ? cap * std::tanh(logit / cap) : logit;
+  }
+
+  // draw.cpp
+  void draw_head(Member& member, const Pass& pass);
+  bool bounded(const Draw& draw, float length) const;
+  Inputs sketch_inputs(Member& member, const Inputs& x);
+  void find_leaders(Member& member, const Draw& draw, const Inputs& x);
+  Line line_of(Member& member, const Draw& draw, const Inputs& x, float length, Race& race);
+  void find_contenders(Member& member, const Draw& draw, const Line& line);
+  void over_line(const Draw& draw, const Line& line, int64_t first, int64_t n, float* over) const;
+  void compute_contenders(Member& member, const Draw& draw, const Inputs& x, int64_t n);
+  int32_t first_of_contenders(const Draw& draw);
 
   // products.cpp: make vectors (the residual stream, for `normed`) the inputs of products with `w` and matrices of its
   // type; every member gets all n of them.
@@ -130,6 +175,7 @@ class Forward {
   // With `rows`, vector i is row rows[i] of the source.
   Inputs prepare(Member& member, int64_t n, const Matrix& w, const float* source, int64_t stride, const float* norm,
                  Room room = kMain, const int32_t* rows = nullptr);
+  void quantize_rest(InputRoom& room, int64_t t, int64_t cols);
   void multiply(Member& member, const Matrix& w, const Inputs& x, float* out, int64_t stride) {
     multiply(member, w, x, out, stride, [](int64_t, int64_t) {});
   }
@@ -235,7 +281,12 @@ class Forward {
   InputRoom shared_[kRooms];
   std::vector<Scratch> scratch_;
   std::vector<float> audited_;  // [audited rows, vocab]: the exact logits
-  Counts* counts_ = nullptr;    // the model's, while it counts
+  // Of the token that is drawn, [vocab]: logits of the sketch, or all there are; how early tokens come in the race; and
+  // in both of [vocab + penalised], with room for each part of the rows where these begin, those that may be drawn.
+  std::vector<float> drawn_from_, early_;
+  std::vector<int32_t> contenders_;
+  std::vector<float> contending_;  // their logits
+  Counts* counts_ = nullptr;       // the model's, while it counts
   Pieces pieces_;
   uint32_t works_ = 0;  // that were handed out so far
 };

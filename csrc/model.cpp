@@ -206,6 +206,15 @@ std::vector<double> Model::predictor_costs() const {
   return costs;
 }
 
+const Sketch* Model::sketch() {
+  if (!sketch_ && sketchable_) {
+    sketch_ = std::make_unique<Sketch>(*kernels_, head(), team_);
+    sketchable_ = std::isfinite(sketch_->largest());
+    if (!sketchable_) sketch_.reset();
+  }
+  return sketch_.get();
+}
+
 double Model::read_rate() { return turbosparse::read_rate(team_, pace_.size(), arena_.parts()); }
 
 void Model::count(bool on) {
@@ -237,6 +246,7 @@ void Model::finish() {
     if (l.router.rows && l.post_ffn_norm) fail("experts whose sum is normed are not supported");
     l.sliding = config_.slides(static_cast<int64_t>(i));
   }
+  sketchable_ = !exact_fp32_ && Sketch::pays(*kernels_, head());
   const Config& c = config_;
   frequencies_ = frequencies_of(c.rope_theta, c.rope_scale, c.head_dim, rope_factors_);
   // A family with a base of its own for sliding layers scales positions in the others only (Gemma 3).

@@ -16,6 +16,7 @@
 #include "memory.h"
 #include "pace.h"
 #include "phases.h"
+#include "sketch.h"
 #include "team.h"
 
 namespace turbosparse {
@@ -121,8 +122,10 @@ class Model {
   bool predicts(int64_t layer) const { return config_.gates_predict() || layers_[layer].ffns[0].fc1.rows > 0; }
   const Matrix& embedding() const { return embedding_; }
   const Matrix& head() const { return head_.rows ? head_ : embedding_; }
+  // Of the head, or null where none pays. The first call makes it, with the team.
+  const Sketch* sketch();
   const float* output_norm() const { return output_norm_; }
-  size_t weight_bytes() const { return arena_.used(); }
+  size_t weight_bytes() const { return arena_.used() + (sketch_ ? sketch_->bytes() : 0); }
 
   // Radians a position turns pair i of a head by, [head_dim / 2], for layers that slide and for those that do not.
   const std::vector<double>& frequencies(bool sliding) const { return sliding ? local_frequencies_ : frequencies_; }
@@ -156,6 +159,8 @@ class Model {
   Arena arena_;
   std::function<void()> after_piece_;
   Matrix embedding_, head_;
+  std::unique_ptr<Sketch> sketch_;
+  bool sketchable_ = false;
   const float* output_norm_ = nullptr;
   std::vector<float> rope_factors_;
   std::vector<Layer> layers_;

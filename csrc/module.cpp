@@ -159,6 +159,14 @@ void decode_tokens(Forward& forward, const std::vector<Session*>& sessions, Toke
   forward.decode(sessions.data(), tokens.data(), static_cast<int64_t>(sessions.size()), chosen, logits.data());
 }
 
+int32_t draw_token(Forward& forward, Session& session, int32_t token, const std::string& mode, float temperature,
+                   int32_t top_k, float top_p, float min_p, float repetition_penalty, uint64_t seed) {
+  const SamplingParams params{temperature, top_k, top_p, min_p, repetition_penalty, seed};
+  const Mode chosen = mode_named(mode);
+  const nb::gil_scoped_release unlocked;
+  return forward.draw(session, token, chosen, params);
+}
+
 // How each layer is computed in the automatic modes.
 std::vector<std::string> choices(const Session& session) {
   std::vector<std::string> names;
@@ -325,7 +333,11 @@ NB_MODULE(_native, m) {
              return self.read_rate();
            })
       .def_prop_ro("isa", [](Model& self) { return std::string(self.kernels().isa); })
-      .def_prop_ro("weight_bytes", &Model::weight_bytes);
+      .def_prop_ro("weight_bytes", [](Model& self) {
+        const nb::gil_scoped_release unlocked;
+        const std::lock_guard<std::mutex> lock(self.busy());
+        return self.weight_bytes();
+      });
 
   nb::class_<Session>(m, "Session")
       .def(
@@ -347,7 +359,9 @@ NB_MODULE(_native, m) {
       .def(
           "__init__", [](Forward* self, std::shared_ptr<Model> model) { new (self) Forward(model); }, "model"_a)
       .def("read", &read_tokens, "session"_a, "tokens"_a, "mode"_a, "all_logits"_a, "logits"_a)
-      .def("decode", &decode_tokens, "sessions"_a, "tokens"_a, "mode"_a, "logits"_a);
+      .def("decode", &decode_tokens, "sessions"_a, "tokens"_a, "mode"_a, "logits"_a)
+      .def("draw", &draw_token, "session"_a, "token"_a, "mode"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
+           "repetition_penalty"_a, "seed"_a);
 
   m.def(
       "sample",

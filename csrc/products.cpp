@@ -79,15 +79,20 @@ Forward::Inputs Forward::prepare(Member& member, int64_t n, const Matrix& w, con
     }
     if (!quantized) continue;
     Prepared& v = into.values;
-    Prepared& rest = into.rest;
     kernels_.quantize(x, cols, &v.q[t * cols], &v.scale[t * blocks], &v.sum[t * blocks]);
-    if (!fine) continue;
-    float* left = &rest.x[t * cols];
-    take_quantised_off(x, &v.q[t * cols], &v.scale[t * blocks], blocks, left);
-    kernels_.quantize(left, cols, &rest.q[t * cols], &rest.scale[t * blocks], &rest.sum[t * blocks]);
+    if (fine) quantize_rest(into, t, cols);
   }
   if (!alone) member.barrier();
   return Inputs{into.values.view(n, cols, quantized), into.rest.view(fine ? n : 0, cols, fine)};
+}
+
+void Forward::quantize_rest(InputRoom& room, int64_t t, int64_t cols) {
+  const int64_t blocks = cols / kBlock;
+  Prepared& v = room.values;
+  Prepared& rest = room.rest;
+  float* left = &rest.x[t * cols];
+  take_quantised_off(&v.x[t * cols], &v.q[t * cols], &v.scale[t * blocks], blocks, left);
+  kernels_.quantize(left, cols, &rest.q[t * cols], &rest.scale[t * blocks], &rest.sum[t * blocks]);
 }
 
 Forward::Inputs Forward::normed(Member& member, int64_t n, const float* weight, const Matrix& w) {

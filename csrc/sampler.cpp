@@ -2,7 +2,6 @@
 #include "sampler.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <functional>
 #include <unordered_set>
@@ -16,13 +15,6 @@ struct Candidate {
 };
 
 bool likelier(const Candidate& a, const Candidate& b) { return a.logit != b.logit ? a.logit > b.logit : a.id < b.id; }
-
-uint64_t mix(uint64_t z) {
-  z += 0x9E3779B97F4A7C15ull;
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-  return z ^ (z >> 31);
-}
 
 uint64_t key_of(uint64_t seed, uint64_t position) { return mix(seed) ^ mix(~position); }
 
@@ -41,10 +33,11 @@ float maximum(const float* x, int64_t n) {
   return *std::max_element(most, most + kLanes);
 }
 
-std::vector<float> penalised(const float* logits, int64_t vocab, float penalty, const std::vector<int32_t>& history) {
+std::vector<float> all_penalised(const float* logits, int64_t vocab, float penalty,
+                                 const std::vector<int32_t>& history) {
   std::vector<float> out(logits, logits + vocab);
   for (const int32_t id : std::unordered_set<int32_t>(history.begin(), history.end())) {
-    out[id] = out[id] > 0 ? out[id] / penalty : out[id] * penalty;
+    out[id] = penalised(out[id], penalty);
   }
   return out;
 }
@@ -99,59 +92,29 @@ std::vector<Candidate> kept(const Weights& weights, const SamplingParams& params
   return tokens;
 }
 
-// No less than 2^x, for x <= 0, and little more: a line between powers of two. Not a number for x: 2^-126.
-float above_power(float x) {
-  return x >= -126 ? 1.0001f * std::bit_cast<float>(static_cast<int32_t>((x + 127) * 0x1p23f)) : 0x1p-126f;
-}
-
-// Every token waits for an exponential time, the shorter the more it weighs, and the first one is drawn: so the chances
-// are those of the weights, whichever tokens take part (in logarithms, the Gumbel-max trick). A token's time hangs on
-// seed, position and its own logit alone. Logits that differ a little, as those of a draft do, therefore mostly draw
-// the same token.
-class Race {
- public:
-  Race(const Weights& weights, float min_p, uint64_t key, int32_t likeliest)
-      : weights_(weights), min_p_(min_p), key_(key), first_(likeliest), shortest_(unit(likeliest)) {}
-
-  void enter(const Candidate& token) {
-    const double weight = weights_.of(token.logit), time = unit(token.id) / weight;
-    if (time < shortest_ && weight >= min_p_) shortest_ = time, first_ = token.id;
-  }
-
-  // All tokens. -log(1 - u) >= u, so most are seen to be late without a logarithm.
-  void enter_all() {
-    constexpr float kLog2e = 1.44269504f;
-    auto latest = static_cast<float>(shortest_);
-    for (int32_t id = 0; id < weights_.vocab; ++id) {
-      const float scaled = weights_.scaled(id), u = static_cast<float>(number(id) >> 40) * 0x1p-24f;
-      if (u > latest * above_power((scaled - weights_.highest) * kLog2e)) continue;
-      enter({scaled, id});
-      latest = static_cast<float>(shortest_);
-    }
-  }
-
-  int32_t first() const { return first_; }
-
- private:
-  uint64_t number(int32_t id) const { return mix(key_ + static_cast<uint64_t>(id)); }
-  double unit(int32_t id) const { return -std::log1p(-fraction(number(id))); }
-
-  Weights weights_;
-  float min_p_;
-  uint64_t key_;
-  int32_t first_;
-  double shortest_;
-};
-
 }  // namespace
 
 double uniform(uint64_t seed, uint64_t position) { return fraction(key_of(seed, position)); }
+
+Race::Race(const SamplingParams& params, uint64_t position, float highest)
+    : min_p_(params.min_p), highest_(highest), key_(key_of(params.seed, position)) {}
+
+void Race::enter(int32_t id, float scaled) {
+  if (!(scaled > -INFINITY)) return;
+  if (min_p_ > 0 && std::exp(static_cast<double>(scaled) - highest_) < min_p_) return;
+  const double reached = scaled - std::log(-std::log1p(-fraction(number(id))));
+  if (reached < best_ || (reached == best_ && id > first_)) return;
+  best_ = reached;
+  first_ = id;
+  line_ = static_cast<float>(best_);
+  if (line_ > best_) line_ = std::nextafter(line_, -INFINITY);
+}
 
 int32_t sample(const float* logits, int64_t vocab, const SamplingParams& params, const std::vector<int32_t>& history,
                uint64_t position) {
   std::vector<float> changed;
   if (params.repetition_penalty != 1) {
-    changed = penalised(logits, vocab, params.repetition_penalty, history);
+    changed = all_penalised(logits, vocab, params.repetition_penalty, history);
     logits = changed.data();
   }
   const float highest = maximum(logits, vocab);
@@ -159,12 +122,27 @@ int32_t sample(const float* logits, int64_t vocab, const SamplingParams& params,
   const auto likeliest = static_cast<int32_t>(std::find(logits, logits + vocab, highest) - logits);
   if (params.temperature <= 0 || !std::isfinite(highest / params.temperature)) return likeliest;
   const Weights weights{logits, vocab, params.temperature, highest / params.temperature};
-  Race race(weights, params.min_p, key_of(params.seed, position), likeliest);
+  Race race(params, position, weights.highest);
+  race.enter(likeliest, weights.highest);
   if (params.top_k > 0 || params.top_p < 1) {
-    for (const Candidate& token : kept(weights, params)) race.enter(token);
-  } else {
-    race.enter_all();
+    for (const Candidate& token : kept(weights, params)) race.enter(token.id, token.logit);
+    return race.first();
   }
+  for (int32_t id = 0; id < vocab; ++id) race.enter_quickly(id, race.early(id), weights.scaled(id));
+  return race.first();
+}
+
+int32_t sample_listed(const int32_t* ids, const float* logits, int64_t n, const SamplingParams& params,
+                      uint64_t position) {
+  int64_t likeliest = 0;
+  for (int64_t i = 1; i < n; ++i) {
+    if (likelier({logits[i], ids[i]}, {logits[likeliest], ids[likeliest]})) likeliest = i;
+  }
+  if (params.temperature <= 0) return ids[likeliest];
+  const float highest = logits[likeliest] / params.temperature;
+  Race race(params, position, highest);
+  race.enter(ids[likeliest], highest);
+  for (int64_t i = 0; i < n; ++i) race.enter_quickly(ids[i], race.early(ids[i]), logits[i] / params.temperature);
   return race.first();
 }
 

@@ -50,13 +50,26 @@ class Session {
     position_ += n;
     furthest_ = std::max(furthest_, position_);
   }
+  // Whether to draw the next token from the sketch of the head. After heads so flat that it did not pay, not for a
+  // while.
+  bool tries_sketch() {
+    if (untried_ == 0) return true;
+    --untried_;
+    return false;
+  }
+  void report_sketch(bool paid) {
+    constexpr int kMostDoublings = 6;
+    flat_ = paid ? 0 : std::min(flat_ + 1, kMostDoublings);
+    untried_ = (1 << flat_) - 1;
+  }
   std::shared_ptr<Model> model_;
   int64_t context_, position_ = 0;
   std::vector<int32_t> tokens_;
   int64_t furthest_ = 0;  // the highest position since everything was forgotten: how far cells may be overwritten
   KvCache cache_;
-  Choice choice_;  // of the automatic modes
-  Audit audit_;    // of predicted mode, with the thresholds
+  Choice choice_;               // of the automatic modes
+  Audit audit_;                 // of predicted mode, with the thresholds
+  int flat_ = 0, untried_ = 0;  // tokens in a row for which the sketch did not pay, and to go without it
 };
 
 }  // namespace turbosparse

@@ -98,6 +98,18 @@ class Forward:
     def decode(
         self, sessions: list[Session], tokens: npt.NDArray[np.int32], mode: str, logits: npt.NDArray[np.float32]
     ) -> None: ...
+    def draw(
+        self,
+        session: Session,
+        token: int,
+        mode: str,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repetition_penalty: float,
+        seed: int,
+    ) -> int: ...
 
 def lookup(text: list[int], most: int) -> tuple[int, list[int]]: ...
 

@@ -128,8 +128,7 @@ def draw_tokens(
     if mode != LOSSLESS:
         yield token
         for _ in range(max_tokens - 1):
-            session.decode(token, mode)
-            token = session.sample(params)
+            token = session.draw(token, params, mode)
             yield token
         return
     given, read = 1, session.position
