@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -16,6 +17,8 @@
 #include "kernels/kernels.h"
 #include "kernels/ternary.h"
 #include "memory.h"
+#include "sketch.h"
+#include "team.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -152,6 +155,39 @@ struct PreparedVectors {
   PreparedVectors& operator=(const PreparedVectors&) = delete;
 };
 
+struct SketchOf {
+  const PackedMatrix& of;
+  Team team{1};
+  Sketch sketch;
+
+  SketchOf(const PackedMatrix& w, const std::vector<double>& squares)
+      : of(w), sketch((check(w, squares), w.kernels), w.view, squares, team) {}
+  static void check(const PackedMatrix& w, const std::vector<double>& squares) {
+    require(Sketch::pays(w.kernels, w.view), "a sketch of this matrix saves nothing");
+    require(static_cast<int64_t>(squares.size()) == w.view.cols, "one square a column");
+  }
+  void check_fits(const PreparedVectors& x) const {
+    require(x.view.cols == of.view.cols && x.view.count == 1 && x.view.q, "one int8 vector of the matrix's columns");
+  }
+  float length(const PreparedVectors& x) const {
+    check_fits(x);
+    return sketch.length(x.view);
+  }
+  Out<float> dot(const PreparedVectors& x) const {
+    check_fits(x);
+    const auto rows = static_cast<size_t>(of.view.rows);
+    auto out = std::make_unique<float[]>(rows);
+    of.kernels.dot(sketch.matrix(), 0, of.view.rows, x.view, out.get(), of.view.rows);
+    return array(std::move(out), {rows});
+  }
+  Out<float> bounds() const {
+    const auto rows = static_cast<size_t>(of.view.rows);
+    auto out = std::make_unique<float[]>(rows);
+    std::copy_n(sketch.bounds(), rows, out.get());
+    return array(std::move(out), {rows});
+  }
+};
+
 Out<float> dot(const PackedMatrix& w, const PreparedVectors& x, int64_t first, int64_t last) {
   w.check_fits(x.view);
   require(0 <= first && first <= last && last <= w.view.rows, "row range out of bounds");
@@ -285,6 +321,12 @@ void bind(nb::module_& module) {
   nb::class_<PreparedVectors>(m, "Vectors")
       .def(nb::init<const std::string&, In<float, 2>, bool, std::optional<In<float, 2>>>(), "isa"_a, "x"_a, "int8"_a,
            "rest"_a = nb::none());
+  nb::class_<SketchOf>(m, "Sketch")
+      .def(nb::init<const PackedMatrix&, const std::vector<double>&>(), "of"_a, "squares"_a, nb::keep_alive<1, 2>())
+      .def("dot", &SketchOf::dot, "x"_a)
+      .def("length", &SketchOf::length, "x"_a)
+      .def("bounds", &SketchOf::bounds)
+      .def_prop_ro("largest", [](const SketchOf& s) { return s.sketch.largest(); });
   m.def("quantize", quantize, "isa"_a, "x"_a);
   m.def("positive", positive, "isa"_a, "x"_a);
   m.def(

@@ -33,6 +33,7 @@ int32_t Forward::draw(Session& session, int32_t token, Mode mode, const Sampling
   const Sketch* sketch = filters ? nullptr : model_->sketch();
   if (!sketch || !session.tries_sketch()) {
     step(&row, 1, mode, drawn_from_.data(), nullptr);
+    if (!filters) model_->prepare_sketch(scratch_[0].inputs[kMain].values.x.data());
     return sample(drawn_from_.data(), vocab, params, session.tokens_, position);
   }
   Draw draw{*sketch, params, position, {}};
@@ -62,7 +63,7 @@ void Forward::draw_head(Member& member, const Pass& pass) {
   const Inputs x = prepare(member, 1, model_->head(), residual_.data(), config_.hidden, model_->output_norm());
   const Inputs coarse = sketch_inputs(member, x);
   enter(member, Phase::head);
-  const float length = Sketch::length(coarse.both());
+  const float length = draw.sketch.length(coarse.both());
   if (!bounded(draw, length)) return all_logits(member, x, drawn_from_.data());
   find_leaders(member, draw, coarse);
   member.barrier();

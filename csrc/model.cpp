@@ -206,13 +206,16 @@ std::vector<double> Model::predictor_costs() const {
   return costs;
 }
 
-const Sketch* Model::sketch() {
-  if (!sketch_ && sketchable_) {
-    sketch_ = std::make_unique<Sketch>(*kernels_, head(), team_);
-    sketchable_ = std::isfinite(sketch_->largest());
-    if (!sketchable_) sketch_.reset();
-  }
-  return sketch_.get();
+void Model::prepare_sketch(const float* x) {
+  constexpr int kEnough = 8;  // twice as many would leave 2 % fewer rows to compute
+  const bool numbers = std::all_of(x, x + config_.hidden, [](float value) { return std::isfinite(value); });
+  if (!sketchable_ || !numbers) return;
+  squares_.resize(config_.hidden);
+  for (int64_t c = 0; c < config_.hidden; ++c) squares_[c] += static_cast<double>(x[c]) * x[c];
+  if (++seen_ < kEnough) return;
+  sketchable_ = false;
+  sketch_ = std::make_unique<Sketch>(*kernels_, head(), squares_, team_);
+  if (!std::isfinite(sketch_->largest())) sketch_.reset();
 }
 
 double Model::read_rate() { return turbosparse::read_rate(team_, pace_.size(), arena_.parts()); }

@@ -122,8 +122,11 @@ class Model {
   bool predicts(int64_t layer) const { return config_.gates_predict() || layers_[layer].ffns[0].fc1.rows > 0; }
   const Matrix& embedding() const { return embedding_; }
   const Matrix& head() const { return head_.rows ? head_ : embedding_; }
-  // Of the head, or null where none pays. The first call makes it, with the team.
-  const Sketch* sketch();
+  const Sketch* sketch() const {
+    return sketch_.get();
+  }  // of the head; null where none pays, and as long as none is made
+  // An input of the head, of which the sketch wants to see a few. With the last of them it is made, by the team.
+  void prepare_sketch(const float* x);
   const float* output_norm() const { return output_norm_; }
   size_t weight_bytes() const { return arena_.used() + (sketch_ ? sketch_->bytes() : 0); }
 
@@ -161,6 +164,8 @@ class Model {
   Matrix embedding_, head_;
   std::unique_ptr<Sketch> sketch_;
   bool sketchable_ = false;
+  std::vector<double> squares_;  // of the inputs that it has seen, added up
+  int seen_ = 0;
   const float* output_norm_ = nullptr;
   std::vector<float> rope_factors_;
   std::vector<Layer> layers_;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "kernels/pack.h"
 
@@ -37,36 +38,42 @@ void quantize_block(const float* x, float scale, std::byte* nibbles) {
   const float inverse = scale != 0 ? 1 / scale : 0.0f;
   int32_t q[kBlock];
   for (int64_t i = 0; i < kBlock; ++i) {
-    const auto level = static_cast<int32_t>(x[i] * inverse + 8.5f);
-    q[i] = level < 15 ? level : 15;
+    const float level = x[i] * inverse + 8.5f;
+    q[i] = static_cast<int32_t>(level < 15 ? level : 15.0f);
   }
   for (int64_t i = 0; i < kBlock / 2; ++i) nibbles[i] = static_cast<std::byte>(q[i] | q[i + kBlock / 2] << 4);
 }
 
-// The length of a vector of whole blocks, or of a difference of two.
-double norm(const float* x, const float* off, int64_t n) {
+// The length of a vector of whole blocks, whose columns `value` gives.
+template <class Value>
+double norm(int64_t n, Value value) {
+  constexpr int64_t kLanes = 8;
   double total = 0;
   for (int64_t block = 0; block < n; block += kBlock) {
-    float sums[8] = {};
-    for (int64_t i = 0; i < kBlock; ++i) {
-      const float value = off ? x[block + i] - off[block + i] : x[block + i];
-      sums[i % 8] += value * value;
+    float sums[kLanes] = {};
+    for (int64_t i = block; i < block + kBlock; i += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += value(i + lane) * value(i + lane);
     }
     for (const float sum : sums) total += sum;
   }
   return std::sqrt(total);
 }
 
-// The length of vector 0 as its int8 blocks have it.
-double quantized_norm(const Vectors& x) {
+double norm(const float* x, int64_t n) {
+  return norm(n, [x](int64_t i) { return x[i]; });
+}
+
+// The length of vector 0 as its int8 blocks have it, over the weights of its columns.
+double quantized_norm(const Vectors& x, const float* weights) {
   double total = 0;
   for (int64_t begin = 0; begin < x.cols / kBlock;) {
     const int64_t group = group_size(x.cols / kBlock - begin);
     for (int64_t b = 0; b < group; ++b) {
-      int32_t sum = 0;
+      float sum = 0;
       for (int64_t i = 0; i < kBlock; ++i) {
-        const int32_t q = x.q[begin * kBlock + byte_in_group(group, b, i)];
-        sum += q * q;
+        const auto q = static_cast<float>(x.q[begin * kBlock + byte_in_group(group, b, i)]);
+        const float value = q / weights[(begin + b) * kBlock + i];
+        sum += value * value;
       }
       const double scale = x.scale[begin + b];
       total += scale * scale * sum;
@@ -96,10 +103,17 @@ bool Sketch::pays(const Kernels& kernels, const Matrix& w) {
   return static_cast<double>(w.row_bytes) >= kLeastRatio * static_cast<double>(sketch.row_bytes);
 }
 
-Sketch::Sketch(const Kernels& kernels, const Matrix& w, Team& team)
+Sketch::Sketch(const Kernels& kernels, const Matrix& w, const std::vector<double>& squares, Team& team)
     : storage_(kernels.packed_bytes(WeightType::q4_0, w.rows, w.cols)),
       view_(kernels.layout(WeightType::q4_0, w.rows, w.cols, storage_.data())),
+      weights_(w.cols, 1.0f),
       bounds_(w.rows) {
+  // A few vectors say little of small columns, so none counts for less than the mean.
+  const double mean = std::accumulate(squares.begin(), squares.end(), 0.0) / static_cast<double>(w.cols);
+  for (int64_t c = 0; c < w.cols && mean > 0; ++c) {
+    weights_[c] = static_cast<float>(std::sqrt(std::sqrt(1 + squares[c] / mean)));
+    most_weight_ = std::max<double>(most_weight_, weights_[c]);
+  }
   std::vector<float> largest(team.size());
   team.run([&](Member& member) {
     const auto [first, last] = member.part(w.rows, kPiece);
@@ -121,7 +135,7 @@ float Sketch::fill(const Kernels& kernels, const Matrix& w, int64_t first, int64
     kernels.decode_row(w, first + r, row);
     for (int64_t b = 0; b < blocks; ++b) scales[b] = scale_of(row + b * kBlock);
     kernels.to_f16(scales.data(), halves.data(), blocks);
-    const bool fits = norm(row, nullptr, cols) < 65504;  // so that every number and every scale has a float16
+    const bool fits = norm(row, cols) < 65504;  // so that every number and every scale has a float16
     if (!fits) return INFINITY;
     for (int64_t b = 0; b < blocks; ++b) {
       std::byte* to = &source[(r * blocks + b) * kSourceBytes];
@@ -141,18 +155,23 @@ float Sketch::fill(const Kernels& kernels, const Matrix& w, int64_t first, int64
   for (int64_t r = 0; r < n; ++r) {
     const float* row = &rows[r * cols];
     kernels.decode_row(view_, first + r, sketched.data());
-    const double whole = norm(row, nullptr, cols), coarse = norm(sketched.data(), nullptr, cols);
-    const double bound = norm(row, sketched.data(), cols) + kInputLoss * whole + rounding(w, whole, scale[r]) +
-                         rounding(view_, coarse, scale_of_sketch[r]) + kLeastBound;
+    const double whole = norm(row, cols), coarse = norm(sketched.data(), cols);
+    const double loss =
+        kInputLoss * whole + rounding(w, whole, scale[r]) + rounding(view_, coarse, scale_of_sketch[r]) + kLeastBound;
+    // What is lost elsewhere goes by |x|, which is at most |x / m| times the largest weight.
+    const float *coarse_row = sketched.data(), *weights = weights_.data();
+    const double lost = norm(cols, [=](int64_t i) { return (row[i] - coarse_row[i]) * weights[i]; });
+    const double bound = lost + most_weight_ * loss;
     bounds_[first + r] = static_cast<float>(kUp * bound);
-    most = std::max(most, static_cast<float>(2 * (whole + bound)));
+    most = std::max(most, static_cast<float>(2 * (most_weight_ * whole + bound)));
   }
   return most;
 }
 
-float Sketch::length(const Vectors& x) {
-  const double terms = quantized_norm(x) + (x.rest ? quantized_norm(*x.rest) : 0.0);
-  return static_cast<float>(kUp * (1 + kInputLoss) * terms + kLeastLength);
+float Sketch::length(const Vectors& x) const {
+  double terms = quantized_norm(x, weights_.data());
+  if (x.rest) terms += quantized_norm(*x.rest, weights_.data());
+  return static_cast<float>(kUp * (1 + most_weight_ * kInputLoss) * terms + kLeastLength);
 }
 
 }  // namespace turbosparse

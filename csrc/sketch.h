@@ -6,8 +6,10 @@
 //
 //     |<W_r, x> - <S_r, x>|  <=  bound_r * length(x)
 //
-// by the inequality of Cauchy and Schwarz, with bound_r about |W_r - S_r| and length(x) about |x|. It holds for the
-// products that the kernels compute, not only for those of real numbers: both are sums of int8 block products in fp32.
+// by the inequality of Cauchy and Schwarz, with bound_r about |(W_r - S_r) m| and length(x) about |x / m|. The weights
+// m of the columns may be any; with the square roots of what vectors usually have there, large columns of x, which are
+// few and always the same, cost no more than others. The bound holds for the products that the kernels compute, not
+// only for those of real numbers: both are sums of int8 block products in fp32.
 #pragma once
 
 #include <cstdint>
@@ -24,12 +26,13 @@ class Sketch {
   // Whether a sketch of such a matrix reads much less than the matrix.
   static bool pays(const Kernels& kernels, const Matrix& w);
 
-  Sketch(const Kernels& kernels, const Matrix& w, Team& team);
+  // squares [cols]: of vectors that the matrix was multiplied with, added up.
+  Sketch(const Kernels& kernels, const Matrix& w, const std::vector<double>& squares, Team& team);
 
   const Matrix& matrix() const { return view_; }
   const float* bounds() const { return bounds_.data(); }  // [rows]
   // What a vector is multiplied with: int8 blocks, with a rest where the rows of the matrix have no blocks themselves.
-  static float length(const Vectors& x);
+  float length(const Vectors& x) const;
   // No product of a row of either is more than that times the length; infinite where a row holds what is no number.
   float largest() const { return largest_; }
   size_t bytes() const { return storage_.size() + bounds_.size() * sizeof(float); }
@@ -40,6 +43,8 @@ class Sketch {
 
   Mapping storage_;
   Matrix view_;
+  std::vector<float> weights_;  // [cols], each at least 1
+  double most_weight_ = 1;
   std::vector<float> bounds_;
   float largest_ = 0;
 };

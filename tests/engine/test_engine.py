@@ -300,7 +300,7 @@ def test_one_token_is_left_to_read_and_a_cache_grows_only_by_reading(tiny_gguf):
         with pytest.raises(ValueError, match="does not reach"):
             session.truncate(position)
     session.truncate(2)
-    with pytest.raises(ValueError, match="nothing to sample"):
+    with pytest.raises(ValueError, match="no logits to sample"):
         session.sample(SamplingParams())
 
 

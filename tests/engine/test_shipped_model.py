@@ -54,6 +54,24 @@ def greedy(engine: Engine, prompt: str, count: int, mode: str) -> list[int]:
     return tokens
 
 
+@pytest.mark.parametrize(
+    "params", [SamplingParams(), SamplingParams(0.8, seed=2), SamplingParams(repetition_penalty=1.1)]
+)
+def test_draws_are_those_of_all_logits(params):
+    engine = Engine.load(MODEL, threads=2)
+    prompt, count = engine.tokenizer.encode(PROMPTS[0]), 72
+    drawing, decoding = engine.session(128), engine.session(128)
+    drawing.prefill(prompt, "exact")
+    decoding.prefill(prompt, "exact")
+    expected = [decoding.sample(params)]
+    for _ in range(count - 1):
+        decoding.decode(expected[-1], "exact")
+        expected.append(decoding.sample(params))
+    read = engine.traffic(reset=True).bytes
+    assert list(draw_tokens(drawing, params, count, "exact")) == expected
+    assert engine.traffic().bytes < 0.92 * read
+
+
 def check_modes(prompts: list[str], count: int) -> None:
     engines = [Engine.load(MODEL, threads=threads) for threads in (1, 2)]
     for prompt in prompts:

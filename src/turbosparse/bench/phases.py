@@ -77,8 +77,7 @@ class PhaseTimer:
         engine.phases(reset=True)
         begun = time.perf_counter()
         for _ in range(TURN_TOKENS):
-            session.decode(token, self._mode)
-            token = session.sample(SamplingParams())
+            token = session.draw(token, SamplingParams(), self._mode)
         seconds = time.perf_counter() - begun
         engine.time_phases(False)
         phases = engine.phases()
