@@ -216,4 +216,5 @@ def test_a_dense_model_has_nothing_to_predict(folder):
 def test_the_rank_that_takes_a_share_of_the_weights():
     assert rank_for(0.1, 576, 1536) == 125
     assert rank_for(0.1, 576, 1536, 2) == 104
+    assert rank_for(0.1, 576, 1536, 2, 2) == 83
     assert rank_for(0.001, 8, 8) == 1

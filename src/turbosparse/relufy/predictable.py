@@ -125,7 +125,8 @@ class Predictors:
         if not all(isinstance(mlp, SparseGLU) for mlp in blocks):
             raise UserError("`predictability` is for sparse models; convert the model first, or leave it out")
         hidden, neurons = blocks[0].down_proj.weight.shape
-        self.rank = rank_for(settings.share, hidden, neurons, blocks[0].neurons_per_gate)
+        per_up = 2 if blocks[0].mirrored_ups else 1
+        self.rank = rank_for(settings.share, hidden, neurons, blocks[0].neurons_per_gate, per_up)
         device, layers = blocks[0].up_proj.weight.device, len(blocks)
         self._white = torch.zeros(layers, hidden, hidden, device=device)
         self._rows = [torch.zeros(self.rank, hidden, device=device) for _ in blocks]
@@ -247,9 +248,9 @@ class Predictors:
         self._hand_out()
 
 
-def rank_for(share: float, hidden: int, neurons: int, per_gate: int = 1) -> int:
+def rank_for(share: float, hidden: int, neurons: int, per_gate: int = 1, per_up: int = 1) -> int:
     """The rank at which a predictor has `share` of the weights of its dense FFN; at least 1."""
-    return max(1, int(rank_at(share, hidden, neurons, per_gate)))
+    return max(1, int(rank_at(share, hidden, neurons, per_gate, per_up)))
 
 
 class _Watch:
