@@ -20,15 +20,13 @@ _STAGES = [
 ]
 
 
-def _recipe(folder: Path, output: str, stages: list[dict] = _STAGES) -> Path:
+def _recipe(folder: Path, output: str, stages: list[dict] = _STAGES, model: str = "drelu") -> Path:
     texts = [{"domain": name, "path": f"{name}.jsonl"} for name in "ab"]
     stages = [{"batch_tokens": 64, "learning_rate": 1e-3, "max_grad_norm": 1e9} | stage for stage in stages]
     data = {"context": 16, "cache": "cache", "sources": texts, "validation": texts}
     path = folder / f"{output}.yaml"
     path.write_text(
-        yaml.safe_dump(
-            {"model": "drelu", "output": output, "data": data, "stages": stages, "log_every": 1, "workers": 0}
-        )
+        yaml.safe_dump({"model": model, "output": output, "data": data, "stages": stages, "log_every": 1, "workers": 0})
     )
     return path
 
@@ -73,6 +71,23 @@ def test_two_processes_learn_layer_by_layer(runs):
     alone, shared = (_log(run / "2-warm") for run in runs)
     assert shared[-2]["relative_error"] < shared[0]["relative_error"]
     assert shared[0]["relative_error"] == pytest.approx(alone[0]["relative_error"], rel=0.05)  # means of other shares
+
+
+def test_two_processes_prune_and_close_the_same_gates(folder: Path):
+    """What each does to the model before training, by its own look at it, is the same; and so are all steps."""
+    warm = {"name": "warm", "objective": "layerwise", "teacher": "dense", "tokens": 512}
+    warm |= {"sides": "mirrored", "width": 2}
+    train_from_recipe(_recipe(folder, "mirrored", [warm]))
+    less = {"name": "less", "objective": "cross_entropy", "tokens": 1280, "device_windows": 1, "prune": 0.3}
+    less |= {"soft_slopes": True, "sparsity": {"start_rate": 0.2, "target_rate": 0.05, "weight": 4.0, "threshold": 0.3}}
+    for name in ("less-alone", "less-shared"):
+        recipe = _recipe(folder, name, [less], "mirrored/1-warm")
+        train_from_recipe(recipe) if name == "less-alone" else _torchrun(2, recipe)
+    alone, shared = (_log(folder / name / "1-less") for name in ("less-alone", "less-shared"))
+    assert len(alone) > 15
+    for one, two in zip(alone, shared, strict=True):
+        for key in {"ce", "penalty", "grad_norm", "sparsity_h", "sparsity_gate"} & one.keys():
+            assert two[key] == pytest.approx(one[key], rel=5e-3, abs=1e-3), (one["step"], key)
 
 
 def test_torchrun_of_one_process_trains(folder: Path):
