@@ -122,9 +122,8 @@ class Model {
   bool predicts(int64_t layer) const { return config_.gates_predict() || layers_[layer].ffns[0].fc1.rows > 0; }
   const Matrix& embedding() const { return embedding_; }
   const Matrix& head() const { return head_.rows ? head_ : embedding_; }
-  const Sketch* sketch() const {
-    return sketch_.get();
-  }  // of the head; null where none pays, and as long as none is made
+  // Of the head; null where none pays, and as long as none is made.
+  const Sketch* sketch() const { return sketch_.get(); }
   // An input of the head, of which the sketch wants to see a few. With the last of them it is made, by the team.
   void prepare_sketch(const float* x);
   const float* output_norm() const { return output_norm_; }

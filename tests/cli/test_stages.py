@@ -209,7 +209,9 @@ def test_bench(sparse, tiny_gguf, monkeypatch):
     for run in record["runs"]:
         assert run["prefill_tok_s"] > 0 and run["decode_tok_s"] > 0 and run["bytes_per_token"] > 0
     dense, exact, twin_run = record["runs"]
-    assert exact["bytes_per_token"] < dense["bytes_per_token"] == twin_run["bytes_per_token"]
+    assert exact["bytes_per_token"] < dense["bytes_per_token"]
+    # Of equal size, but each reads as many logits as its text needs.
+    assert twin_run["bytes_per_token"] == pytest.approx(dense["bytes_per_token"], rel=0.25)
     assert record["speedup"]["exact"] == pytest.approx(exact["decode_tok_s"] / dense["decode_tok_s"])
     assert record["speedup"]["predicted"] is None and record["batches"] == []
 

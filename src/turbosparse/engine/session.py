@@ -131,7 +131,7 @@ class Session:
         """Read one token and draw the next, in one native call: what `decode` and `sample` give, in less time.
 
         Most logits are only known to be too small (csrc/sketch.h), so there are none to `sample` from afterwards. With
-        top_k or top_p, which need all of them, it takes as long. The first draw of an engine takes a little longer.
+        top_k or top_p, which need all of them, it takes as long. The eighth draw of an engine makes what that needs.
 
         Raises:
             UserError: as `prefill`.
