@@ -1,7 +1,7 @@
 """What the choice of a dReLU model's first neurons is worth: single layers fitted from each, at equal zeros.
 
     python benchmarks/neuron_sides.py DENSE OUT.json TEXT.jsonl.zst ... [--layers 5,13,20,27] [--steps 200]
-        [--starts none:1,one:1,best:1,pairs:2,reglu:1] [--rate 0.1]
+        [--starts none:1,one:1,best:1,pairs:2,mirrored:2,reglu:1] [--rate 0.1]
 
 DENSE: a Hugging Face folder (`turbosparse convert --activation keep`). Of every text a part is trained on and the part
 behind it held out. A start is a choice of sides and a width (relufy/allot.py): none leaves the neurons as they are,
@@ -86,8 +86,8 @@ def _measure(mlp: SparseGLU, x: Tensor, y: Tensor) -> dict[str, float]:
     error = ((mlp(x[None])[0] - y).square().sum() / y.square().sum()).item()
     assert tap.rates is not None
     open_, _, fires = tap.rates.tolist()
-    gates, neurons = mlp.gate_proj.out_features, mlp.up_proj.out_features
-    return {"error": error, "zeros": 1 - fires, "open": open_, "rows": gates + (open_ + fires) * neurons}
+    gates, ups, neurons = mlp.gate_proj.out_features, mlp.up_proj.out_features, mlp.down_proj.in_features
+    return {"error": error, "zeros": 1 - fires, "open": open_, "rows": gates + open_ * ups + fires * neurons}
 
 
 def fit(mlp: SparseGLU, x: Tensor, y: Tensor, steps: int, penalty: Sparsity = _PENALTY) -> None:
