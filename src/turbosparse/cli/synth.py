@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from turbosparse.cli import options, output
 from turbosparse.cli.export import Quant
 from turbosparse.cli.info import describe
+
+if TYPE_CHECKING:
+    from turbosparse.model.synthetic import Rates
 
 
 class SyntheticActivation(StrEnum):
@@ -92,14 +95,19 @@ def command(
         output.emit(record)
         return
     print(out)
-    if config.sparse:
+    _report(file_bytes, measured if config.sparse else None, predictor)
+    output.notice(f"time it: turbosparse bench {out}")
+
+
+def _report(file_bytes: int, measured: Rates | None, predictor: dict[str, Any] | None) -> None:
+    """On the terminal: what was written, and how sparse a sparse model came out."""
+    if measured:
         output.notice(
             f"synthetic, {output.megabytes(file_bytes)}; measured in its first and last layer: gate positive in "
             f"{output.percent(measured.gate)}, h zero in {output.percent(1.0 - measured.h)}"
         )
-    if predictor:
+    if measured and predictor:
         output.notice(
             f"predictors: {output.percent(predictor['share'])} of the FFN's bytes, select "
             f"{measured.selected:.2f} times as many neurons as fire and find {output.percent(measured.recall)} of these"
         )
-    output.notice(f"time it: turbosparse bench {out}")

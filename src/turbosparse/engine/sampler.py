@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -46,17 +46,13 @@ class SamplingParams:
             if not ok:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be {rule}.")
 
+    @property
+    def values(self) -> tuple[float, int, float, float, float, int]:
+        """All of them in their order, which is that of native calls."""
+        return astuple(self)
+
 
 def sample(logits: npt.NDArray[np.float32], params: SamplingParams, history: list[int], position: int) -> int:
     """Draw a token id from `logits` float32 [vocab], for the place `position` of a text whose tokens are `history`."""
-    return _native.sample(
-        logits,
-        history if params.repetition_penalty != 1.0 else [],
-        position,
-        params.temperature,
-        params.top_k,
-        params.top_p,
-        params.min_p,
-        params.repetition_penalty,
-        params.seed,
-    )
+    read = history if params.repetition_penalty != 1.0 else []
+    return _native.sample(logits, read, position, *params.values)

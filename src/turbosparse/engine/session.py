@@ -138,17 +138,7 @@ class Session:
         """
         self._check((token,), mode)
         self._last = None
-        return self._engine._forward.draw(
-            self._native,
-            token,
-            self._engine.native_mode(mode),
-            params.temperature,
-            params.top_k,
-            params.top_p,
-            params.min_p,
-            params.repetition_penalty,
-            params.seed,
-        )
+        return self._engine._forward.draw(self._native, token, self._engine.native_mode(mode), *params.values)
 
     def decode_ahead(
         self, token: int, params: SamplingParams, most: int, ends: Collection[int] = frozenset()
@@ -170,18 +160,7 @@ class Session:
         """
         self._check((token,), LOSSLESS)
         out = np.empty(self._engine.config.vocab_size, np.float32)
-        drawn = self._ahead.next(
-            token,
-            most,
-            list(ends),
-            params.temperature,
-            params.top_k,
-            params.top_p,
-            params.min_p,
-            params.repetition_penalty,
-            params.seed,
-            out,
-        )
+        drawn = self._ahead.next(token, most, list(ends), *params.values, out)
         self._last = out
         return drawn
 
