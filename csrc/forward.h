@@ -90,8 +90,8 @@ class Forward {
     PhaseClock clock;
     uint32_t work = 0;    // number of the one at hand
     int32_t leader = -1;  // the row that it would draw of its own, by the sketch; -1: none
-    std::pair<int64_t, int64_t>
-        contenders;  // where those that may be drawn begin in contenders_, and how many they are
+    // Where those of its rows that may be drawn begin in contenders_, and how many they are.
+    std::pair<int64_t, int64_t> contenders;
 
     void count_read(int64_t bytes) {
       traffic.bytes += bytes;

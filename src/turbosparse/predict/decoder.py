@@ -17,7 +17,7 @@ from turbosparse.model.config import ModelConfig
 from turbosparse.model.gguf import GGUFFile
 from turbosparse.model.layout import EMBEDDING, OUTPUT, OUTPUT_NORM, ROPE_FACTORS
 from turbosparse.model.quantize import dequantize, dequantize_rows
-from turbosparse.relufy.drelu import ACTIVATIONS
+from turbosparse.relufy.drelu import ACTIVATIONS, mirrored
 
 
 def embed(file: GGUFFile, config: ModelConfig, tokens: list[int]) -> Tensor:
@@ -93,7 +93,7 @@ class Decoder:
         gate = (x @ w["ffn_gate"].T).repeat_interleave(c.neurons_per_gate, -1)
         up = x @ w["ffn_up"].T
         if c.mirrored_ups:
-            up = torch.stack([up, -up], -1).flatten(-2)
+            up = mirrored(up)
         h = ACTIVATIONS[c.activation](torch.where(gate < c.gate_threshold, 0.0, gate), up)
         if c.activation_thresholds is not None:
             h = torch.where(h.abs() < c.activation_thresholds[self._layer], 0.0, h)

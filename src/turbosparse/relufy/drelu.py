@@ -58,6 +58,11 @@ def reglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch.relu(gate) * up
 
 
+def mirrored(up: Tensor) -> Tensor:
+    """Ups as two neurons each share them, one with the other sign, side by side: [..., u] to [..., 2 u], any dtype."""
+    return torch.stack([up, -up], dim=-1).flatten(-2)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"drelu": drelu, "reglu": reglu}
 DENSE_ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu")
 
@@ -122,7 +127,7 @@ class SparseGLU(nn.Module):
     def ups(self, x: Tensor) -> Tensor:
         """The up of every neuron, before its relu: x [..., d] to [..., f]."""
         up: Tensor = self.up_proj(x)
-        return torch.stack([up, -up], dim=-1).flatten(-2) if self.mirrored_ups else up
+        return mirrored(up) if self.mirrored_ups else up
 
     def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
         """The activation, [..., f], of pre-activations of that shape; below the threshold it is zero."""
